@@ -1,0 +1,1 @@
+"""The vocabulary: records, protocols, configuration, distribution, errors. Imports nothing else of ours."""

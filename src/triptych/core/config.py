@@ -1,0 +1,246 @@
+"""Recipes: YAML with overrides in, validated configuration out; every problem at once, with line and remedy."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from triptych.core.errors import ConfigError, Problem
+
+KeyPath = tuple[str | int, ...]
+ConfigType = TypeVar("ConfigType", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of every configuration: unknown keys are refused, values cannot change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class ConfigTree:
+    """A recipe as read: plain values and where each key stands."""
+
+    values: dict[str, Any]
+    path: Path
+    lines: Mapping[KeyPath, int]
+    """Key path -> 1-based line of the file; keys set on the command line are absent."""
+    overridden: frozenset[KeyPath] = frozenset()
+
+    def locate(self, key: KeyPath) -> tuple[str, int | None]:
+        """File (or `command line`) and line of a key, or of its nearest parent that has one."""
+        while key:
+            if key in self.overridden:
+                return "command line", None
+            if key in self.lines:
+                return str(self.path), self.lines[key]
+            key = key[:-1]
+        return str(self.path), None
+
+
+def load_tree(path: Path | str, overrides: Sequence[str] = ()) -> ConfigTree:
+    """Read a YAML recipe and merge `key.sub=value` overrides into it.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or an override cannot be parsed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(Problem("recipe not found", file=str(path), remedy=_similar_files(path)))
+    text = path.read_text(encoding="utf-8")
+    try:
+        node = yaml.compose(text)
+        tree = OmegaConf.create(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else None
+        raise ConfigError(
+            Problem(f"not valid YAML: {error}", file=str(path), line=line, remedy="mend the syntax on this line")
+        ) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(Problem(f"cannot be read: {error}", file=str(path))) from error
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(Problem("a recipe must be a mapping of keys", file=str(path), line=1))
+    lines: dict[KeyPath, int] = {}
+    _collect_lines(node, (), lines)
+    problems: list[Problem] = []
+    overridden: list[KeyPath] = []
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            problems.append(
+                Problem(f"override `{override}` is not `key.sub=value`", file="command line", remedy="write key=value")
+            )
+            continue
+        try:
+            OmegaConf.update(tree, key, yaml.safe_load(value), merge=True, force_add=True)
+            overridden.append(_parse_key(key))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+            problems.append(Problem(f"override `{override}`: {error}", file="command line"))
+    if problems:
+        raise ConfigError(problems)
+    try:
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(Problem(f"cannot be resolved: {error}", file=str(path))) from error
+    assert isinstance(values, dict)
+    return ConfigTree({str(key): value for key, value in values.items()}, path, lines, frozenset(overridden))
+
+
+def validate(schema: type[ConfigType], tree: ConfigTree) -> ConfigType:
+    """Turn a tree into `schema`.
+
+    Raises:
+        ConfigError: one problem for every key that is unknown, missing or of the wrong type or value.
+    """
+    try:
+        return schema.model_validate(tree.values)
+    except ValidationError as error:
+        raise ConfigError([_to_problem(schema, tree, item) for item in error.errors()]) from error
+
+
+def config_problem(tree: ConfigTree, key: KeyPath, message: str, remedy: str | None = None) -> Problem:
+    """A problem located at a key, for checks that go beyond the schema."""
+    file, line = tree.locate(key)
+    return Problem(message, file=file, line=line, key=_dotted(key), remedy=remedy)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A remedy that offers the nearest known names, or lists them all."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=2, cutoff=0.55)
+    if close:
+        return "did you mean " + " or ".join(f"`{item}`" for item in close) + "?"
+    return "known: " + ", ".join(names)
+
+
+def differing_keys(left: Any, right: Any, key: KeyPath = ()) -> list[str]:
+    """Dotted keys whose values differ between two plain trees, with both values."""
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        names = sorted({*left, *right}, key=str)
+        return [text for name in names for text in differing_keys(left.get(name), right.get(name), (*key, name))]
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        pairs = enumerate(zip(left, right, strict=True))
+        return [text for index, (a, b) in pairs for text in differing_keys(a, b, (*key, index))]
+    return [] if left == right else [f"{_dotted(key)}: {left!r} -> {right!r}"]
+
+
+def _collect_lines(node: yaml.Node, key: KeyPath, lines: dict[KeyPath, int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            child = (*key, name.value)
+            lines[child] = name.start_mark.line + 1
+            _collect_lines(value, child, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            child = (*key, index)
+            lines[child] = value.start_mark.line + 1
+            _collect_lines(value, child, lines)
+
+
+def _parse_key(key: str) -> KeyPath:
+    return tuple(int(part) if part.isdigit() else part for part in key.replace("[", ".").replace("]", "").split("."))
+
+
+def _dotted(key: KeyPath) -> str:
+    text = ""
+    for part in key:
+        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
+    return text
+
+
+def _similar_files(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"the folder {path.parent} does not exist"
+    names = [item.name for item in path.parent.glob("*.yaml")]
+    return did_you_mean(path.name, names) if names else f"there is no .yaml file in {path.parent}"
+
+
+def _to_problem(schema: type[Config], tree: ConfigTree, error: Any) -> Problem:
+    key = _strip_union_tags(tree.values, error["loc"])
+    kind = error["type"]
+    context = error.get("ctx", {})
+    remedy: str | None = None
+    message = str(error["msg"])
+    if kind == "extra_forbidden":
+        message = f"unknown key `{key[-1]}`"
+        remedy = did_you_mean(str(key[-1]), _known_keys(schema, error["loc"][:-1]))
+    elif kind == "missing":
+        message = f"`{key[-1]}` is required"
+        remedy = f"add `{key[-1]}:`"
+    elif kind in ("union_tag_invalid", "literal_error"):
+        expected = context.get("expected_tags") or context.get("expected", "")
+        names = [name.strip(" '\"") for name in str(expected).replace(" or ", ",").split(",")]
+        given = context.get("tag", error.get("input"))
+        message = f"`{given}` is not allowed here"
+        remedy = did_you_mean(str(given), names)
+    elif kind == "union_tag_not_found":
+        message = "`kind` is required to tell which variant this is"
+        remedy = "known: " + str(context.get("expected_tags", "see the documentation"))
+    elif kind == "value_error":
+        message = str(context.get("error", message))
+    else:
+        message = f"{message}, got {error.get('input')!r}"
+    return config_problem(tree, key, message, remedy)
+
+
+def _strip_union_tags(values: Any, location: Sequence[str | int]) -> KeyPath:
+    """Drop the parts of a pydantic location that name a union member rather than a key of the recipe."""
+    key: list[str | int] = []
+    node = values
+    for position, part in enumerate(location):
+        last = position == len(location) - 1
+        if (isinstance(node, Mapping) and part in node) or (
+            isinstance(node, list) and isinstance(part, int) and part < len(node)
+        ):
+            node = node[part]
+        elif not last or not isinstance(node, Mapping):
+            continue
+        key.append(part)
+    return tuple(key)
+
+
+def _known_keys(schema: Any, location: Sequence[str | int]) -> set[str]:
+    """Keys accepted at a location of `schema`."""
+    members = _members(schema)
+    for part in location:
+        following: list[Any] = []
+        for member in members:
+            if isinstance(member, type) and issubclass(member, BaseModel):
+                if any(part in _literals(item.annotation) for item in member.model_fields.values()):
+                    following.append(member)
+                elif part in member.model_fields:
+                    following.extend(_members(member.model_fields[str(part)].annotation))
+                elif part == member.__name__:
+                    following.append(member)
+            elif get_origin(member) in (list, tuple, Sequence) and isinstance(part, int):
+                following.extend(inner for item in get_args(member) for inner in _members(item))
+            elif get_origin(member) in (dict, Mapping):
+                following.extend(_members(get_args(member)[1]))
+        members = following
+    models = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+    return {name for model in models for name in model.model_fields}
+
+
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _members(annotation: Any) -> list[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [inner for item in get_args(annotation) for inner in _members(item)]
+    if origin is Literal:
+        return []
+    return [annotation]

@@ -1,0 +1,89 @@
+"""Ranks and the few collectives we need; everything works in one process without initialisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """True when a process group with more than one process is up."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Rank of this process, 0 in a single process."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main() -> bool:
+    """True on the rank that writes and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_distributed():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Return the sum of `tensor` over ranks (a new tensor; no gradients)."""
+    if not is_distributed():
+        return tensor.detach().clone()
+    result = tensor.detach().clone()
+    dist.all_reduce(result, op=dist.ReduceOp.SUM)
+    return result
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Return the element-wise maximum of `tensor` over ranks (a new tensor; no gradients)."""
+    result = tensor.detach().clone()
+    if is_distributed():
+        dist.all_reduce(result, op=dist.ReduceOp.MAX)
+    return result
+
+
+def all_gather_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """Join `tensor` [n_rank, ...] over ranks along dimension 0 in rank order; ranks may hold different n, also 0.
+
+    Returns:
+        The joined tensor [sum of n, ...] without gradients, and the first row that is this rank's.
+    """
+    if not is_distributed():
+        return tensor.detach().clone(), 0
+    tensor = tensor.detach().contiguous()
+    counts = all_gather_objects(tensor.shape[0])
+    longest = max(counts)
+    padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    joined = torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+    return joined, sum(counts[: rank()])
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """Gather a small picklable value of every rank, in rank order."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return the main rank's value on every rank."""
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,1 @@
+"""From a run to a Hugging Face checkpoint, and proof that it is the same model."""

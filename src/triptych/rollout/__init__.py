@@ -1,0 +1,1 @@
+"""On-policy batches: sample, score, yield. Filled by the align stages."""

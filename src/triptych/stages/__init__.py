@@ -1,0 +1,1 @@
+"""Composition roots: build everything, then fit(); no loops, no maths."""

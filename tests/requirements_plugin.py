@@ -1,0 +1,1 @@
+"""Collects `@pytest.mark.requirement(ids)`."""
