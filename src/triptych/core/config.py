@@ -184,8 +184,9 @@ def _to_problem(schema: type[Config], tree: ConfigTree, error: Any) -> Problem:
         message = f"`{given}` is not allowed here"
         remedy = did_you_mean(str(given), names)
     elif kind == "union_tag_not_found":
-        message = "`kind` is required to tell which variant this is"
-        remedy = "known: " + str(context.get("expected_tags", "see the documentation"))
+        name = str(context["discriminator"]).strip("'")
+        message = f"`{name}` is required to tell which variant this is"
+        remedy = "known: " + ", ".join(sorted(_known_tags(schema, error["loc"], name)))
     elif kind == "value_error":
         message = str(context.get("error", message))
     else:
@@ -196,13 +197,13 @@ def _to_problem(schema: type[Config], tree: ConfigTree, error: Any) -> Problem:
 def _strip_union_tags(values: Any, location: Sequence[str | int]) -> KeyPath:
     """Drop the parts of a pydantic location that name a union member rather than a key of the recipe."""
     key: list[str | int] = []
-    node = values
+    node: Any = values
     for position, part in enumerate(location):
         last = position == len(location) - 1
         if (isinstance(node, Mapping) and part in node) or (
             isinstance(node, list) and isinstance(part, int) and part < len(node)
         ):
-            node = node[part]
+            node = node[part]  # type: ignore[index]
         elif not last or not isinstance(node, Mapping):
             continue
         key.append(part)
@@ -211,6 +212,16 @@ def _strip_union_tags(values: Any, location: Sequence[str | int]) -> KeyPath:
 
 def _known_keys(schema: Any, location: Sequence[str | int]) -> set[str]:
     """Keys accepted at a location of `schema`."""
+    return {item.alias or name for model in _models_at(schema, location) for name, item in model.model_fields.items()}
+
+
+def _known_tags(schema: Any, location: Sequence[str | int], discriminator: str) -> set[str]:
+    """Values of the key that tells the variants of a union at a location apart."""
+    fields = (model.model_fields.get(discriminator) for model in _models_at(schema, location))
+    return {str(value) for item in fields if item is not None for value in _literals(item.annotation)}
+
+
+def _models_at(schema: Any, location: Sequence[str | int]) -> list[type[BaseModel]]:
     members = _members(schema)
     for part in location:
         following: list[Any] = []
@@ -218,17 +229,19 @@ def _known_keys(schema: Any, location: Sequence[str | int]) -> set[str]:
             if isinstance(member, type) and issubclass(member, BaseModel):
                 if any(part in _literals(item.annotation) for item in member.model_fields.values()):
                     following.append(member)
-                elif part in member.model_fields:
-                    following.extend(_members(member.model_fields[str(part)].annotation))
-                elif part == member.__name__:
-                    following.append(member)
+                else:
+                    following.extend(
+                        inner
+                        for name, item in member.model_fields.items()
+                        if part == (item.alias or name)
+                        for inner in _members(item.annotation)
+                    )
             elif get_origin(member) in (list, tuple, Sequence) and isinstance(part, int):
                 following.extend(inner for item in get_args(member) for inner in _members(item))
             elif get_origin(member) in (dict, Mapping):
                 following.extend(_members(get_args(member)[1]))
         members = following
-    models = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
-    return {name for model in models for name in model.model_fields}
+    return [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
 
 
 def _literals(annotation: Any) -> tuple[Any, ...]:

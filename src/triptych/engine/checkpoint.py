@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -121,7 +122,8 @@ class Checkpoints:
             CheckpointError: it cannot be written (the previous checkpoint is untouched), or holds a state that could
                 not be loaded again.
         """
-        return self._on_main(lambda: self._save(snapshot, best_step))
+        path: Path = self._on_main(lambda: self._save(snapshot, best_step))
+        return path
 
     def load_newest(self) -> LoadedSnapshot | None:
         """Read the newest complete checkpoint, or None where there is none; clean up what a crash left behind.
@@ -146,9 +148,12 @@ class Checkpoints:
                 result = action()
             except CheckpointError as error:
                 result = error
-            except OSError as error:
+            except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
+                free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
                 result = CheckpointError(
-                    f"cannot write: {error}", file=str(self.folder), remedy="make room or mend the rights, then resume"
+                    f"cannot be written: {error} ({free / 2**30:.1f} GiB free)",
+                    file=str(self.folder),
+                    remedy="make room or mend the rights; the next start resumes from the checkpoint before it",
                 )
         result = distributed.broadcast_object(result)
         if isinstance(result, CheckpointError):
@@ -275,23 +280,23 @@ def find_damage(path: Path, checksums: bool = True) -> Problem | None:
     remedy = f"delete {path.name}; with no checkpoint left the run starts afresh"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        version, files = manifest["format"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return Problem(f"manifest cannot be read: {error}", file=str(file), remedy=remedy)
+        version = manifest["format"]
+        sizes = {name: (item["bytes"], item["crc32"]) for name, item in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Problem(f"the manifest cannot be read: {error!r}", file=str(file), remedy=remedy)
     if version != FORMAT:
         raise CheckpointError(
             f"checkpoint format {version}, this version reads {FORMAT}",
             file=str(path),
             remedy="resume with the version of triptych that wrote it",
         )
-    for name, expected in files.items():
+    for name, (size, checksum) in sizes.items():
         file = path / name
         if not file.is_file():
             return Problem("the file is missing", file=str(file), remedy=remedy)
-        if file.stat().st_size != expected["bytes"]:
-            sizes = f"{file.stat().st_size} bytes, {expected['bytes']} were written"
-            return Problem(sizes, file=str(file), remedy=remedy)
-        if checksums and _checksum(file) != expected["crc32"]:
+        if file.stat().st_size != size:
+            return Problem(f"{file.stat().st_size} bytes, {size} were written", file=str(file), remedy=remedy)
+        if checksums and _checksum(file) != checksum:
             return Problem("the content is not what was written (checksum)", file=str(file), remedy=remedy)
     return None
 
@@ -302,9 +307,7 @@ def _write(folder: Path, snapshot: Snapshot, recipe: Any) -> None:
     torch.save(plain(snapshot.shared, "state"), folder / "state.pt")
     torch.save(plain(list(snapshot.ranks), "ranks"), folder / "ranks.pt")
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=2), encoding="utf-8")
-    files = {
-        file.name: {"bytes": file.stat().st_size, "crc32": _checksum(file)} for file in sorted(folder.iterdir())
-    }
+    files = {file.name: {"bytes": file.stat().st_size, "crc32": _checksum(file)} for file in sorted(folder.iterdir())}
     manifest = {
         "format": FORMAT,
         "step": snapshot.step,

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from triptych.core import distributed
@@ -55,9 +56,9 @@ def restore_tensors(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], 
     """
     missing, unknown = sorted(targets.keys() - saved.keys()), sorted(saved.keys() - targets.keys())
     wrong = [
-        f"{name}: {tuple(saved[name].shape)} {saved[name].dtype} saved, {tuple(target.shape)} {target.dtype} in the model"
+        f"{name}: saved {_kind(saved[name])}, in the model {_kind(target)}"
         for name, target in targets.items()
-        if name in saved and (saved[name].shape != target.shape or saved[name].dtype != target.dtype)
+        if name in saved and _kind(saved[name]) != _kind(target)
     ]
     if missing or unknown or wrong:
         found = [f"not in the checkpoint: {_first(missing)}"] if missing else []
@@ -90,9 +91,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -
     return {"state": state, "groups": groups}
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str], packed: Mapping[str, Any]
-) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[int, str], packed: Mapping[str, Any]) -> None:
     """The opposite of `pack_optimizer`.
 
     Raises:
@@ -116,13 +115,18 @@ def restore_optimizer(
 
 
 def plain(value: Any, where: str) -> Any:
-    """Copy a state made of mappings, lists, tuples, tensors and scalars; nothing else can be loaded without pickle.
+    """A state made of mappings, lists, tuples, tensors and scalars; nothing else can be loaded without pickle.
+
+    Tensors that are on the CPU already are not copied: write the result before the next step changes them.
 
     Raises:
         CheckpointError: another type is in it. Found when saving, because at resume it would be too late.
     """
     if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
+        tensor = value.detach().cpu()
+        # torch.save writes whole storages: a view of a large one must not drag it along.
+        is_view = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+        return tensor.clone() if is_view else tensor
     if type(value) in _SCALARS:
         return value
     if isinstance(value, Mapping):
@@ -138,6 +142,7 @@ def plain(value: Any, where: str) -> Any:
 def random_state() -> dict[str, Any]:
     """State of every random number generator this process uses, as plain values."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (str(name), keys.tolist(), int(position), int(has_gauss), float(gauss)),
@@ -175,6 +180,24 @@ def untouched_random_state() -> Iterator[None]:
         restore_random_state(state)
 
 
+@contextmanager
+def untouched_modes(module: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, each sub-module is in train or eval mode afterwards as it was before."""
+    modes = [(item, item.training) for item in module.modules()]
+    try:
+        yield
+    finally:
+        for item, training in modes:
+            item.training = training
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory of a GPU so far; resident memory of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
 def _gather(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
@@ -193,6 +216,10 @@ def _distribute_state(values: Mapping[str, Any], parameter: Tensor) -> dict[str,
         key: _distribute(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
         for key, value in values.items()
     }
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def _first(names: list[str], limit: int = 5) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -11,7 +12,7 @@ from triptych.objectives.contrastive import ContrastiveConfig, ContrastiveObject
 from triptych.objectives.language import LanguageConfig, LanguageObjective
 from triptych.objectives.preference import DpoConfig, DpoObjective
 
-OBJECTIVES: dict[str, Any] = {
+OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "language": LanguageObjective,
     "contrastive": ContrastiveObjective,
     "dpo": DpoObjective,
@@ -24,8 +25,7 @@ ObjectiveConfig = Annotated[LanguageConfig | ContrastiveConfig | DpoConfig, Fiel
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective that a configuration describes."""
-    objective: Objective = OBJECTIVES[config.kind](config)
-    return objective
+    return OBJECTIVES[config.kind](config)
 
 
 __all__ = ["OBJECTIVES", "ObjectiveConfig", "build_objective"]

@@ -62,10 +62,10 @@ class LanguageObjective:
         return {"language": language_loss(scores.token_logprobs, counted_weights(batch))}
 
     def metrics(self, scores: Scores, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Mean nats per weighted-in token of each task (`exp` of it is the perplexity), and supervised tokens per row.
+        """Mean nats per counted token of each task (`exp` of it is the perplexity), and counted tokens per row.
 
-        Names: `language/<task>` for every task tag of the batch, `supervised_tokens_per_row`. Token weights act as a
-        mask only, so that the numbers stay comparable when the weighting changes.
+        Names: `language/<task>` for every task tag of the batch, `supervised_tokens_per_row`. A token counts where
+        its weight is positive, whatever the weight: the numbers stay comparable when the weighting changes.
         """
         assert scores.token_logprobs is not None
         counted = (counted_weights(batch) > 0).to(scores.token_logprobs.dtype)

@@ -1,0 +1,147 @@
+"""What all formats share: their configuration, and the data set that reads rows through one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field
+
+from triptych.core.config import Config
+from triptych.core.errors import DataError, Problem
+from triptych.core.types import ImageReference, Origin, Sample
+from triptych.data.images import resolve_image
+from triptych.data.sources import Row, RowSource
+
+
+class DatasetBase(Config):
+    """Keys of every data set."""
+
+    path: str
+    """File (.json, .jsonl, .csv, .tsv, .parquet, .tar), folder of shards, saved Hugging Face data set, or pattern."""
+    images: str | None = None
+    """Image root: pictures are looked up here and nowhere else. Default: the folder of `path`."""
+    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Share of the draws; give every data set one, or none for every row once an epoch."""
+    task: str = ""
+    """Task tag of rows that carry none of their own (`task` or `channel`)."""
+
+
+ConfigType = TypeVar("ConfigType", bound=DatasetBase)
+
+
+@dataclass(frozen=True)
+class RowContext:
+    """What a format needs besides the row."""
+
+    root: Path
+    """Image root."""
+    origin: Origin
+    """Place of the row, with its id."""
+    task: str
+    """The row's own task tag, or the data set's."""
+
+    def picture(self, value: Any) -> ImageReference:
+        """Turn what a record holds in a picture field into a reference: a name, bytes, or `{"bytes", "path"}`.
+
+        Raises:
+            DataError: the value names no picture inside the image root.
+        """
+        if isinstance(value, str):
+            return resolve_image(self.root, value)
+        if isinstance(value, bytes):
+            return ImageReference(data=value, name=f"picture bytes of {self.origin}")
+        if isinstance(value, dict):
+            data = value.get("bytes")
+            names = [value[key] for key in ("url", "path", "image") if value.get(key)]
+            if isinstance(data, bytes) and data:
+                label = str(names[0]) if names else f"picture bytes of {self.origin}"
+                return ImageReference(data=data, name=label)
+            if names and isinstance(names[0], str):
+                return resolve_image(self.root, names[0])
+        shown = repr(value)[:80]
+        message = f"`{shown}` is not a picture"
+        raise DataError(Problem(message, remedy='give a path, a data: URL, or {"bytes": ..., "path": ...}'))
+
+
+ReadRow = Callable[[Row, ConfigType, RowContext], Sequence[Sample]]
+"""Reads one row into its samples (one, but for a row with several captions)."""
+CountSamples = Callable[[RowSource, ConfigType], Sequence[int] | None]
+"""Samples of each row, or None where every row is one sample."""
+
+
+class Dataset:
+    """Samples of one data set by number. Opening reads no row and decodes no picture."""
+
+    def __init__(
+        self,
+        config: DatasetBase,
+        source: RowSource,
+        root: Path,
+        read: ReadRow[Any],
+        row_of: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """Args:
+        config: its configuration.
+        source: where rows come from.
+        root: image root.
+        read: the format.
+        row_of: for each sample (row, which of the row's samples); None when sample i is row i.
+        """
+        self.config = config
+        self._source, self._root, self._read, self._row_of = source, root, read, row_of
+
+    @property
+    def name(self) -> str:
+        """How messages call this data set: its path in the recipe."""
+        return self.config.path
+
+    def __len__(self) -> int:
+        return len(self._source) if self._row_of is None else len(self._row_of)
+
+    def origin(self, index: int) -> Origin:
+        """Where sample `index` stands, without reading it (the id is therefore missing)."""
+        file, line = self._source.place(self._locate(index)[0])
+        return Origin(file, line)
+
+    def sample(self, index: int) -> Sample:
+        """Read one sample; its pictures are located, not decoded.
+
+        Raises:
+            DataError: the row is broken or breaks a rule of its format; every problem has file and line.
+        """
+        row_index, part = self._locate(index)
+        place = self.origin(index)
+        try:
+            row = self._source.row(row_index)
+            origin = replace(place, id=_identify(row, place, row_index))
+            task = next((row[key] for key in ("task", "channel") if _is_tag(row.get(key))), self.config.task)
+            return self._read(row, self.config, RowContext(self._root, origin, task))[part]
+        except DataError as error:
+            raise located(error, place) from error
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} in {self.name}")
+        return (index, 0) if self._row_of is None else self._row_of[index]
+
+
+def located(error: DataError, origin: Origin) -> DataError:
+    """The same error with file and line of `origin` wherever a problem has none."""
+    problems = [item if item.file else replace(item, file=origin.file, line=origin.line) for item in error.problems]
+    return DataError(problems)
+
+
+def _identify(row: Row, place: Origin, row_index: int) -> str:
+    for key in ("id", "idx", "__key__"):
+        value = row.get(key)
+        if isinstance(value, (str, int)) and not isinstance(value, bool) and value != "":
+            return str(value)
+    # The row number, not the line: a minified JSON list has all its rows on line 1.
+    return f"{Path(place.file).stem}-{row_index + 1}"
+
+
+def _is_tag(value: object) -> bool:
+    return isinstance(value, str) and value != ""

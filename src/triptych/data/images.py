@@ -1,0 +1,218 @@
+"""Pictures: from the spelling in a record to a file inside the image root, its size, and its pixels.
+
+Nothing here replaces or repairs a picture. One that cannot be decoded whole is a `DataError` of its row.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NoReturn
+from urllib.parse import unquote, unquote_to_bytes
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from triptych.core.errors import DataError, Problem
+from triptych.core.types import ImageReference
+
+MAX_PIXELS = 89_478_485
+"""Width x height above which a picture is refused as a decompression bomb (Pillow's own warning threshold)."""
+
+# Formats that decode in process. Pillow also opens EPS (runs Ghostscript) and others that no data set needs.
+_WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+Image.init()
+_FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # AVIF and others depend on Pillow's build
+_ROTATED = frozenset({5, 6, 7, 8})
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
+_DATA_URL = re.compile(r"^data:([^,]*),(.*)$", re.DOTALL)
+_PNG_METADATA = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
+
+
+def resolve_image(root: Path, name: str) -> ImageReference:
+    """Find the picture that a record names. Does not open it.
+
+    Args:
+        root: the declared image root; the resolved file must lie inside it, symbolic links followed.
+        name: a path relative to `root`, an absolute path or `file://` URL inside it, or a `data:` URL.
+
+    Raises:
+        DataError: the name is empty, a remote URL, malformed, leaves the root, or names no file.
+    """
+    if not name.strip():
+        _refuse("the picture has an empty name", "give the path of the picture, or drop the field")
+    scheme = _SCHEME.match(name)
+    if scheme and scheme[1].lower() == "data":
+        return ImageReference(data=_decode_data_url(name), name=_shorten(name))
+    path_text = name
+    if scheme and scheme[1].lower() == "file" and name[5:7] == "//":
+        path_text = unquote(name[7:].removeprefix("localhost"))
+    elif scheme and "://" in name:
+        _refuse(
+            f"picture `{_shorten(name)}` is a remote URL",
+            "pictures must be on disk: download them once and put their paths into the record",
+        )
+    try:
+        inner_root = root.resolve()
+        path = (inner_root / path_text).resolve()
+        is_inside = path.is_relative_to(inner_root)
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        _refuse(f"picture name `{_shorten(name)}` is not a path: {error}", "give the path of a file", error)
+    if not is_inside:
+        _refuse(
+            f"picture `{_shorten(name)}` leaves the image root {root}",
+            "move the picture below the image root, or set `images:` to a folder that holds all pictures",
+        )
+    if not is_file:
+        _refuse(f"picture `{_shorten(name)}` is not a file in {root}", _advise_root(inner_root, path_text))
+    return ImageReference(path=str(path), name=name)
+
+
+def read_size(reference: ImageReference) -> tuple[int, int]:
+    """(width, height) in pixels of the decoded picture, after EXIF rotation, from the header alone.
+
+    Raises:
+        DataError: as `decode`, as far as the header shows it.
+    """
+    with _opened(reference) as (image, stream):
+        width, height = image.size
+        if width == height or image.format == "TIFF":  # Pillow turns TIFF sizes itself
+            return width, height
+        if image.format == "PNG" and not _has_late_metadata(stream):
+            # PngImageFile.getexif would decode the whole picture to look behind the pixels, where nothing is.
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        else:
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return (height, width) if orientation in _ROTATED else (width, height)
+
+
+def decode(reference: ImageReference) -> Image.Image:
+    """Decode a picture completely to RGB.
+
+    EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled by 255/65535, of an animation the
+    first frame is taken.
+
+    Raises:
+        DataError: not a picture, truncated, a decompression bomb, or of a mode without a defined white level.
+    """
+    with _opened(reference) as (image, _):
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        return _to_rgb(upright, reference)
+
+
+def describe(reference: ImageReference) -> str:
+    """How messages name a picture."""
+    return f"`{_shorten(reference.name or reference.path or '')}`"
+
+
+@contextmanager
+def _opened(reference: ImageReference) -> Iterator[tuple[Image.Image, IO[bytes]]]:
+    """Open a picture; whatever goes wrong while the block uses it becomes a `DataError`."""
+    try:
+        with _open_stream(reference) as stream, Image.open(stream, formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                _refuse(
+                    f"picture {describe(reference)} has {width} x {height} pixels, more than {MAX_PIXELS}",
+                    "make it smaller; a picture of this size is taken for a decompression bomb",
+                )
+            yield image, stream
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        _refuse(f"picture {describe(reference)} is a decompression bomb: {error}", "make it smaller", error)
+    except UnidentifiedImageError as error:
+        _refuse(
+            f"picture {describe(reference)} is not a picture in a known format ({', '.join(_FORMATS)})",
+            "replace the file, or drop the row",
+            error,
+        )
+    # A damaged file makes Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+    except Exception as error:
+        _refuse(
+            f"picture {describe(reference)} cannot be decoded: {error or type(error).__name__}",
+            "the file is damaged or incomplete: fetch it again, or drop the row",
+            error,
+        )
+
+
+def _open_stream(reference: ImageReference) -> IO[bytes]:
+    if reference.data is not None:
+        return io.BytesIO(reference.data)
+    assert reference.path is not None, "an ImageReference has a path or data"
+    return open(reference.path, "rb")
+
+
+def _to_rgb(image: Image.Image, reference: ImageReference) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() >= 0 and values.max() <= 65535:
+            grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+            return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        _refuse(
+            f"picture {describe(reference)} has mode `{image.mode}`, whose white level is not defined",
+            "save it with 8 or 16 bits per channel",
+        )
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _has_late_metadata(stream: IO[bytes]) -> bool:
+    """True when a PNG has chunks behind its pixels that may hold an orientation. Reads chunk headers only."""
+    position = stream.tell()
+    stream.seek(8)
+    seen_pixels = False
+    while len(header := stream.read(8)) == 8:
+        name = header[4:]
+        if seen_pixels and name in _PNG_METADATA:
+            break
+        seen_pixels |= name == b"IDAT"
+        stream.seek(int.from_bytes(header[:4], "big") + 4, io.SEEK_CUR)
+    stream.seek(position)
+    return len(header) == 8
+
+
+def _decode_data_url(name: str) -> bytes:
+    match = _DATA_URL.match(name)
+    if match is None:
+        _refuse(f"picture `{_shorten(name)}` is not a valid data URL", "write data:image/png;base64,...")
+    header, body = match.groups()
+    try:
+        data = base64.b64decode(body, validate=True) if header.endswith(";base64") else unquote_to_bytes(body)
+    except (binascii.Error, ValueError) as error:
+        _refuse(f"picture `{_shorten(name)}` is not valid base64: {error}", "encode the picture again", error)
+    if not data:
+        _refuse(f"picture `{_shorten(name)}` is empty", "encode the picture again")
+    return data
+
+
+def _advise_root(root: Path, name: str) -> str:
+    """The commonest cause is a root one folder too deep or too high: say so when that would find the file."""
+    if not Path(name).is_absolute():
+        for folder in list(root.parents)[:3]:
+            if (folder / name).is_file():
+                return f"it is there below {folder}: set `images: {folder}`"
+        for skipped in range(1, min(4, len(Path(name).parts))):
+            shorter = Path(*Path(name).parts[skipped:])
+            if (root / shorter).is_file():
+                return f"{root / shorter} exists: drop `{Path(*Path(name).parts[:skipped])}/` from the record"
+    return "put the file there, set `images:` to the folder that the paths are relative to, or drop the row"
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= 120 else f"{name[:60]}...{name[-20:]} ({len(name)} characters)"
+
+
+def _refuse(message: str, remedy: str, cause: BaseException | None = None) -> NoReturn:
+    raise DataError(Problem(message, remedy=remedy)) from cause

@@ -1,0 +1,339 @@
+"""Windows of light batches: the rows of each optimizer step, the same however the work is split.
+
+    positions of an epoch   |--------- G ---------|--------- G ---------|--- rest ---|     windows
+    one window              |-- rank 0 --|-- rank 1 --|                                    contiguous shares
+    one share               |- M -|- M -|-|                                                batches
+
+Which rows a window holds follows from its number alone, so the state is that number. What runs ahead in the background
+(reading, tokenising, decoding) changes when work is done, never what comes out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from triptych.core.config import Config
+from triptych.core.errors import CheckpointError, DataError, Problem
+from triptych.core.protocols import PictureProcessor
+from triptych.core.types import Batch, Example, ImageReference, Origin, Sample, TokenKind, Window
+from triptych.data.collate import blank_example, collate, make_padding
+from triptych.data.images import decode
+from triptych.data.mixture import Mixture
+from triptych.data.tokenize import at_row
+
+
+class Rows(Protocol):
+    """A data set: rows by number."""
+
+    def __len__(self) -> int:
+        """Rows."""
+        ...
+
+    def sample(self, index: int) -> Sample:
+        """Read one row; raises DataError."""
+        ...
+
+    def origin(self, index: int) -> Origin:
+        """Where a row stands, even if it cannot be read."""
+        ...
+
+
+class LoaderConfig(Config):
+    """How rows become windows."""
+
+    global_batch: int = Field(ge=1)
+    """Samples of one optimizer step, all ranks together."""
+    micro_batch: int = Field(ge=1)
+    """Most samples of one forward pass on one rank."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the data; give this or `steps`."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps of the run."""
+    seed: int = 0
+    """Decides the order of the rows."""
+    prefetch: int = Field(default=2, ge=0)
+    """Windows prepared ahead in the background; 0 does all work when it is asked for."""
+    decode_threads: int = Field(default=4, ge=1)
+    """Threads that decode the pictures of a batch."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """`skip` leaves out rows that cannot be used and reports them; it decodes pictures twice in the first epoch."""
+    report: Path | None = None
+    """JSON Lines file to which the problems of skipped rows are added."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> LoaderConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of `epochs` and `steps`")
+        return self
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A window and what was wrong with its rows."""
+
+    window: Window
+    problems: tuple[Problem, ...]
+
+
+class Loader:
+    """The `BatchSource` over data sets on disk."""
+
+    def __init__(
+        self,
+        datasets: Sequence[Rows],
+        mixture: Mixture,
+        encode: Callable[[Sample], Example],
+        pictures: PictureProcessor | None,
+        config: LoaderConfig,
+        rank: int = 0,
+        world_size: int = 1,
+        kind_weights: Mapping[TokenKind, float] | None = None,
+    ) -> None:
+        """Args:
+        datasets: in the order of the mixture.
+        mixture: position -> (data set, row).
+        encode: sample -> example; raises DataError for a row that cannot be used.
+        pictures: turns decoded pictures into pixels; None for a model of text alone.
+        config: see `LoaderConfig`.
+        rank: of this process.
+        world_size: number of processes; each gets a contiguous share of every window.
+        kind_weights: see `collate`.
+        """
+        self._datasets = datasets
+        self._mixture = mixture
+        self._encode = encode
+        self._pictures = pictures
+        self._config = config
+        self._rank = rank
+        self._world_size = world_size
+        self._kind_weights = kind_weights
+        self._windows_per_epoch = math.ceil(mixture.epoch_length / config.global_batch)
+        self._yielded = 0
+        self._decoded: set[str] = set()
+        self._decoders = ThreadPoolExecutor(config.decode_threads, "triptych-decode")
+        self._pixels = _PixelPrefetch(self._make_pixels, config.prefetch > 0)
+
+    @property
+    def total_windows(self) -> int:
+        """Windows of the whole run."""
+        if self._config.steps is not None:
+            return self._config.steps
+        assert self._config.epochs is not None
+        return max(1, math.ceil(self._config.epochs * self._windows_per_epoch - 1e-9))
+
+    def windows(self) -> Iterator[Window]:
+        """Yield the windows that remain.
+
+        Raises:
+            DataError: a row cannot be used and `on_bad_row` is `stop`.
+        """
+        self._pixels.forget()
+        for prepared, following in self._run_ahead(self._yielded):
+            self._report(prepared.problems)
+            self._pixels.expect(prepared.window.batches, following)
+            self._yielded = prepared.window.index + 1
+            yield prepared.window
+
+    def attach(self, batch: Batch) -> Batch:
+        """Return the batch with `pixels`; one without pictures is returned as it is.
+
+        Raises:
+            DataError: a picture cannot be decoded; names the row.
+        """
+        if not batch.images:
+            return batch
+        return replace(batch, pixels=self._pixels.take(batch))
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Metrics change nothing here: the order of the rows is fixed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of windows yielded, and what decides which rows they hold."""
+        return {"windows": self._yielded, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the state's last window; the number of ranks and the micro-batch may differ.
+
+        Raises:
+            CheckpointError: seed, global batch or data differ, so that the order would be another one.
+        """
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise CheckpointError(
+                    f"the checkpoint was made with {name} {state[name]}, this run has {value}",
+                    remedy="resume with the same data and batch size, or start a new run from the checkpoint's weights",
+                )
+        self._yielded = int(state["windows"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self._config.seed,
+            "global_batch": self._config.global_batch,
+            "rows": [len(dataset) for dataset in self._datasets],
+            "draws": list(self._mixture.quotas),
+        }
+
+    def _run_ahead(self, first: int) -> Iterator[tuple[_Prepared, Future[_Prepared] | None]]:
+        """Windows in order, each with the one after it, which may still be in the making in the background."""
+        numbers = range(first, self.total_windows)
+        if self._config.prefetch == 0:
+            yield from ((self._prepare(number), None) for number in numbers)
+            return
+        # One thread: data sets and tokenizers need not be safe for several, and the order of errors stays.
+        with ThreadPoolExecutor(1, "triptych-windows") as pool:
+            waiting: deque[Future[_Prepared]] = deque()
+            remaining = iter(numbers)
+            try:
+                while True:
+                    ahead = itertools.islice(remaining, self._config.prefetch + 1 - len(waiting))
+                    waiting.extend(pool.submit(self._prepare, number) for number in ahead)
+                    if not waiting:
+                        return
+                    prepared = waiting.popleft().result()
+                    yield prepared, waiting[0] if waiting else None
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _prepare(self, number: int) -> _Prepared:
+        epoch, within = divmod(number, self._windows_per_epoch)
+        length = self._mixture.epoch_length
+        start = within * self._config.global_batch
+        size = min(self._config.global_batch, length - start)
+        positions = range(epoch * length + start, epoch * length + start + size)
+        share = positions[self._rank * size // self._world_size : (self._rank + 1) * size // self._world_size]
+        # Ranks whose share is one row shorter still make as many batches: FSDP waits for every rank in every pass.
+        num_batches = math.ceil(math.ceil(size / self._world_size) / self._config.micro_batch)
+        bad: list[tuple[Origin, DataError]] = []
+        batches = []
+        for index in range(num_batches):
+            chunk = share[index * self._config.micro_batch : (index + 1) * self._config.micro_batch]
+            examples = list(self._load(chunk, bad))
+            batches.append(collate(examples, self._kind_weights) if examples else self._make_padding(positions))
+        window = Window(
+            index=number,
+            epoch=epoch + (start + size) / length,
+            batches=tuple(batches),
+            skipped=tuple(origin for origin, _ in bad),
+        )
+        return _Prepared(window, tuple(problem for _, error in bad for problem in error.problems))
+
+    def _load(self, positions: Sequence[int], bad: list[tuple[Origin, DataError]]) -> Iterator[Example]:
+        """Examples of the rows at `positions`; with `on_bad_row: skip` those that cannot be used go to `bad`."""
+        for position in positions:
+            dataset, row = self._mixture.draw(position)
+            try:
+                example = self._encode(self._datasets[dataset].sample(row))
+                self._require_pictures(example)
+            except DataError as error:
+                if self._config.on_bad_row == "stop":
+                    raise
+                bad.append((self._datasets[dataset].origin(row), error))
+            else:
+                yield example
+
+    def _require_pictures(self, example: Example) -> None:
+        """With `on_bad_row: skip`, decode the pictures once: when a window is out, its rows are fixed.
+
+        Raises:
+            DataError: a picture opens but cannot be decoded whole.
+        """
+        if self._config.on_bad_row == "stop":
+            return
+        for reference in example.images:
+            if reference.path is None or reference.path not in self._decoded:
+                _decode_for(reference, example.origin)
+                self._decoded |= {reference.path} if reference.path else set()
+
+    def _make_padding(self, positions: Sequence[int]) -> Batch:
+        """A batch that counts nothing, made from the first usable row of the whole window."""
+        example = next(self._load(positions, []), None) or blank_example()
+        return make_padding(collate([example], self._kind_weights))
+
+    def _report(self, problems: Sequence[Problem]) -> None:
+        if problems and self._config.report is not None:
+            self._config.report.parent.mkdir(parents=True, exist_ok=True)
+            with self._config.report.open("a", encoding="utf-8") as stream:
+                for problem in problems:
+                    line = {"file": problem.file, "line": problem.line, "message": problem.message}
+                    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _make_pixels(self, batch: Batch) -> dict[str, Tensor]:
+        if self._pictures is None:
+            raise DataError(
+                f"{batch.origins[0]} has pictures, but the model takes text alone", remedy="drop the rows with pictures"
+            )
+        rows = {image: row for row in reversed(range(batch.num_rows)) for image in batch.row_images[row]}
+        origins = [batch.origins[rows[image]] for image in range(len(batch.images))]
+        return self._pictures.pixels(list(self._decoders.map(_decode_for, batch.images, origins)))
+
+
+class _PixelPrefetch:
+    """Makes the pixels of the next batch while the current one is computed, across windows too.
+
+    Holds at most those of one batch of this window and of the first batch of the next.
+    """
+
+    def __init__(self, make: Callable[[Batch], dict[str, Tensor]], is_enabled: bool) -> None:
+        self._make = make
+        self._pool = ThreadPoolExecutor(2, "triptych-pixels") if is_enabled else None
+        self._batches: list[Batch] = []
+        self._following: Future[_Prepared] | None = None
+        self._next: tuple[Batch, Future[dict[str, Tensor]]] | None = None
+        self._next_window: Future[dict[str, Tensor]] | None = None
+
+    def expect(self, batches: Sequence[Batch], following: Future[_Prepared] | None) -> None:
+        """Announce the batches of a window in the order they will be asked for (possibly in several passes)."""
+        self._batches = [batch for batch in batches if batch.images]
+        self._following = following
+        self._next = None
+        if self._batches and self._next_window is not None:
+            self._next = (self._batches[0], self._next_window)
+        else:
+            self._start(0)
+        self._next_window = None
+
+    def forget(self) -> None:
+        """Drop what was made ahead: the windows that come are not those announced."""
+        self._batches, self._following, self._next, self._next_window = [], None, None, None
+
+    def take(self, batch: Batch) -> dict[str, Tensor]:
+        """The pixels of a batch, also of a changed copy that holds the same pictures."""
+        index = next((number for number, known in enumerate(self._batches) if known.images is batch.images), None)
+        if index is None:
+            return self._make(batch)
+        ahead, self._next = self._next, None
+        is_ready = ahead is not None and ahead[0] is self._batches[index]
+        pixels = ahead[1].result() if ahead is not None and is_ready else self._make(batch)
+        self._start(index + 1)
+        return pixels
+
+    def _start(self, index: int) -> None:
+        if self._pool is None:
+            return
+        if index < len(self._batches):
+            batch = self._batches[index]
+            self._next = (batch, self._pool.submit(self._make, batch))
+        elif self._following is not None and self._next_window is None:
+            self._next_window = self._pool.submit(self._make_first, self._following)
+
+    def _make_first(self, following: Future[_Prepared]) -> dict[str, Tensor]:
+        batches = [batch for batch in following.result().window.batches if batch.images]
+        return self._make(batches[0]) if batches else {}
+
+
+def _decode_for(reference: ImageReference, origin: Origin) -> Image.Image:
+    with at_row(origin):
+        return decode(reference)

@@ -1,0 +1,258 @@
+"""The training loop. Knows no objective and no model family."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from triptych.core import distributed
+from triptych.core.errors import TrainingError
+from triptych.core.protocols import BatchSource, Evaluator, Monitor, Objective, Reference
+from triptych.core.types import ParameterGroup, Progress, StepRecord, Window
+from triptych.engine.checkpoint import Checkpoints, read
+from triptych.engine.diagnosis import GradientReach, non_finite_error
+from triptych.engine.evaluate import run_evaluators
+from triptych.engine.monitors.health import LOSS_SCALE
+from triptych.engine.optim import bind_groups, build_optimizer, clip_gradients, set_learning_rates
+from triptych.engine.parallel import Runtime
+from triptych.engine.run_state import RunState
+from triptych.engine.schedules import multiplier
+from triptych.engine.state import memory_bytes, seed_everything
+from triptych.engine.step import run_window
+from triptych.engine.stopping import BestTracker
+from triptych.engine.train_config import TrainConfig
+
+__all__ = ["FitResult", "TrainConfig", "Trainer"]
+
+MIN_LOSS_SCALE = 2.0**-8
+"""Below this fp16 scale no overflow is a matter of scale."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended."""
+
+    progress: Progress
+    best_value: float | None
+    """Best value of the metric followed, None without one."""
+    best_step: int | None
+    stopped_early: bool
+    checkpoint: Path
+    """Folder of the last checkpoint."""
+    evaluation: Mapping[str, float]
+    """Results of the last evaluation."""
+
+
+@dataclass
+class Trainer:
+    """Runs windows until the source ends or the patience is used up. Every rank makes one and calls `fit`.
+
+    A step counts when its window is used, also where the fp16 scaler skipped the update, so that the position in the
+    data, the schedule and the step number never part.
+    """
+
+    scorer: nn.Module
+    """As returned by `Runtime.wrap`, in the mode (train or eval, module by module) it is to train in."""
+    objective: Objective
+    source: BatchSource
+    groups: Sequence[ParameterGroup]
+    """What is trained, by the names the scorer had before it was wrapped."""
+    config: TrainConfig
+    runtime: Runtime
+    output: Path
+    """Folder of the run: checkpoints, logs, the model."""
+    recipe: Mapping[str, Any]
+    """The resolved recipe; a checkpoint of another one is refused."""
+    monitors: Sequence[Monitor] = ()
+    evaluators: Sequence[Evaluator] = ()
+    reference: Reference | None = None
+    save_model: Callable[[Path], None] | None = None
+    """Writes the finished model into a folder; called on every rank, must write on the main rank only."""
+    gradient_check: Callable[[Mapping[str, nn.Parameter]], list[str]] | None = None
+    """Names of the parameters that the backward pass did not reach; asked after the first one."""
+    after_step: Callable[[], None] | None = None
+    """Called after every update, e.g. to clamp a temperature."""
+    global_batch: int | None = None
+    """Samples of a window over all ranks, for learning rates that scale with it."""
+    progress: Progress = field(init=False)
+    """Where the run is."""
+
+    def __post_init__(self) -> None:
+        if self.config.best and not self.evaluators:
+            problem = f"`{self.config.best.metric}` is followed, but nothing evaluates it"
+            raise TrainingError(problem, key="train.best", remedy="give evaluation data, or take `best` out")
+        self.groups = bind_groups(self.scorer, self.groups)
+        self.progress = Progress(0, self.source.total_windows)
+        parameters = {name: item for group in self.groups for name, item in group.parameters.items()}
+        self._optimizer = build_optimizer(self.groups, self.config.optimizer, self.global_batch)
+        self._state = RunState(self.scorer, parameters, self._optimizer, self.runtime, self.source, self.monitors)
+        self._checkpoints = Checkpoints(self.output / "checkpoints", self.recipe, self.config.keep_last)
+        self._best = BestTracker(self.config.best) if self.config.best else None
+        self._evaluation: dict[str, float] = {}
+        self._evaluated_step = self._saved_step = -1
+        self._reach = GradientReach(self.gradient_check, parameters) if self.gradient_check else None
+
+    def fit(self) -> FitResult:
+        """Train from the newest checkpoint, or from the start, to the end.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite, or a parameter gets no gradient; the weights are those of
+                the last good step and the newest checkpoint is intact.
+            CheckpointError: the checkpoints belong to another recipe, are all damaged, or cannot be written.
+        """
+        resumed_from = self._resume()
+        for monitor in self.monitors:
+            monitor.on_start(self.progress)
+            if resumed_from:
+                # The process may have died between writing it and telling the monitors.
+                monitor.on_checkpoint(self.progress, resumed_from)
+        error: BaseException | None = None
+        try:
+            self._run()
+            return self._finish()
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            for monitor in self.monitors:
+                monitor.on_end(self.progress, error)
+
+    def _run(self) -> None:
+        if self._should_stop:
+            return
+        windows = iter(self.source.windows())
+        while True:
+            start = time.perf_counter()
+            window = next(windows, None)
+            if window is None:
+                break
+            self._step(window, start, time.perf_counter() - start)
+            is_last = self.progress.step == self.progress.total
+            improved = self._evaluate() if is_last or _is_due(self.progress.step, self.config.evaluate_every) else False
+            if is_last or improved or self._should_stop or _is_due(self.progress.step, self.config.save_every):
+                self._save()
+            if self._should_stop:
+                break
+        # A source without a known length ends where it likes.
+        self._evaluate()
+        self._save()
+
+    def _step(self, window: Window, start: float, waited: float) -> None:
+        """Gradients, checks, update, report."""
+        step = self.progress.step
+        if window.index != step:
+            raise TrainingError(f"the source gave window {window.index}, the run is at step {step}")
+        result = run_window(
+            self.scorer, self.objective, window, self.source, self.reference, self.runtime, self.progress
+        )
+        if result.non_finite or not math.isfinite(result.loss):
+            raise non_finite_error(step, window, result, self.groups, self.output)
+        self.runtime.unscale(self._optimizer)
+        if self._reach:
+            self._reach.look(step, window, result)
+        norm, component_norms = clip_gradients(self.groups, self.config.optimizer)
+        scaler = self.runtime.scaler
+        if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < MIN_LOSS_SCALE):
+            raise non_finite_error(step, window, result, self.groups, self.output)
+        rates = set_learning_rates(self._optimizer, multiplier(self.config.schedule, step, self.progress.total))
+        is_skipped = self.runtime.step(self._optimizer)
+        self._optimizer.zero_grad(set_to_none=True)
+        if self.after_step:
+            self.after_step()
+        self.progress = Progress(step + 1, self.progress.total, window.epoch)
+        record = StepRecord(
+            progress=self.progress,
+            loss=result.loss,
+            terms=result.terms,
+            metrics={**result.metrics, LOSS_SCALE: scaler.get_scale()} if scaler else result.metrics,
+            learning_rates=rates,
+            gradient_norm=norm,
+            component_gradient_norms=component_norms,
+            samples=result.samples,
+            supervised_tokens=result.supervised_tokens,
+            tokens=result.tokens,
+            seconds=time.perf_counter() - start,
+            data_seconds=waited + result.data_seconds,
+            memory_bytes=memory_bytes(self.runtime.device),
+            skipped_rows=result.skipped_rows,
+            is_skipped=is_skipped,
+        )
+        self.source.report({"loss": record.loss, **record.metrics})
+        for monitor in self.monitors:
+            monitor.on_step(record)
+
+    @property
+    def _should_stop(self) -> bool:
+        return self._best is not None and self._best.should_stop
+
+    def _evaluate(self) -> bool:
+        """Evaluate once for each step; True when it is the best so far."""
+        if not self.evaluators or self._evaluated_step == self.progress.step:
+            return False
+        self._evaluation = run_evaluators(self.evaluators, self.scorer)
+        self._evaluated_step = self.progress.step
+        for monitor in self.monitors:
+            monitor.on_evaluation(self.progress, self._evaluation)
+        return self._best is not None and self._best.update(self.progress.step, self._evaluation)
+
+    @property
+    def _best_step(self) -> int | None:
+        return self._best.step if self._best else None
+
+    def _save(self) -> None:
+        """Write a checkpoint, once for each step."""
+        if self._saved_step == self.progress.step:
+            self._checkpoints.set_links(self._best_step)
+            return
+        trainer = {
+            "step": self.progress.step,
+            "epoch": self.progress.epoch,
+            "best": self._best.state_dict() if self._best else None,
+            "evaluation": self._evaluation,
+            "evaluated_step": self._evaluated_step,
+        }
+        summary = {"epoch": self.progress.epoch, "total": self.progress.total, "evaluation": self._evaluation}
+        snapshot = self._state.capture(self.progress.step, trainer, summary)
+        path = self._checkpoints.save(snapshot, self._best_step)
+        self._saved_step = self.progress.step
+        for monitor in self.monitors:
+            monitor.on_checkpoint(self.progress, path)
+
+    def _resume(self) -> Path | None:
+        """Continue from the newest checkpoint and return its folder; start the random numbers where there is none."""
+        loaded = self._checkpoints.load_newest()
+        if loaded is None:
+            seed_everything(self.config.seed + distributed.rank())
+            return None
+        trainer = loaded.snapshot.shared["trainer"]
+        self.progress = Progress(trainer["step"], self.source.total_windows, trainer["epoch"])
+        self._saved_step = self.progress.step
+        self._evaluation, self._evaluated_step = trainer["evaluation"], trainer["evaluated_step"]
+        if self._best and trainer["best"]:
+            self._best.load_state_dict(trainer["best"])
+        self._checkpoints.set_links(self._best_step)
+        # The gradients of a trained model may vanish; only those of a new run tell whether it is wired up.
+        self._reach = None
+        self._state.restore(loaded.snapshot)
+        return loaded.path
+
+    def _finish(self) -> FitResult:
+        """Take the best weights where there is a metric to tell, and write the model."""
+        last = self._checkpoints.path(self.progress.step)
+        if self._best_step != self.progress.step and self._best_step in self._checkpoints.steps():
+            self._state.restore_weights(read(self._checkpoints.path(self._best_step)).weights)
+        if self.save_model:
+            self.save_model(self.output / "model")
+        value = self._best.value if self._best else None
+        return FitResult(self.progress, value, self._best_step, self._should_stop, last, self._evaluation)
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

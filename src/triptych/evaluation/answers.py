@@ -1,0 +1,112 @@
+"""Answers of a model to the questions of a data set, and how many are right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from PIL import Image
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from triptych.core.protocols import PictureProcessor
+from triptych.core.types import Example, ImageReference, Message, Sample
+from triptych.evaluation.metrics import exact_match
+from triptych.models.generation import Prompt, generate
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, the truth and what the model said."""
+
+    origin: str
+    task: str
+    question: str
+    truth: str
+    prediction: str
+
+    @property
+    def is_right(self) -> bool:
+        """Exact match after normalisation."""
+        return exact_match(self.prediction, self.truth)
+
+    def row(self) -> dict[str, object]:
+        """As one JSON line."""
+        return {**asdict(self), "is_right": self.is_right}
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Everything that is needed to turn messages into an answer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    pictures: PictureProcessor
+    encode_prompt: Callable[[Sequence[Message]], Example]
+    """Messages -> prompt ids ending with the generation prompt."""
+    decode: Callable[[ImageReference], Image.Image]
+    stop_ids: tuple[int, ...]
+    """Ids that end an assistant turn."""
+    max_new_tokens: int = 64
+    batch_size: int = 16
+
+    def answer(self, conversations: Sequence[Sequence[Message]], temperature: float = 0.0) -> list[str]:
+        """The reply to each conversation, which must end with a user turn."""
+        prompts = []
+        for messages in conversations:
+            example = self.encode_prompt(messages)
+            images = tuple(self.decode(image) for image in example.images)
+            prompts.append(Prompt(example.trunk.input_ids, images))
+        replies = generate(
+            self.model,
+            prompts,
+            self.pictures,
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=self.stop_ids,
+            temperature=temperature,
+        )
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in replies]
+
+    def run(self, samples: Iterable[Sample]) -> Iterator[Answer]:
+        """Answer every assistant turn of every sample, the true earlier turns being given."""
+        waiting: list[tuple[Sample, int]] = []
+        for sample in samples:
+            for index, message in enumerate(sample.messages):
+                if message.role == "assistant":
+                    waiting.append((sample, index))
+                    if len(waiting) == self.batch_size:
+                        yield from self._answer_all(waiting)
+                        waiting = []
+        if waiting:
+            yield from self._answer_all(waiting)
+
+    def _answer_all(self, turns: Sequence[tuple[Sample, int]]) -> Iterator[Answer]:
+        replies = self.answer([sample.messages[:index] for sample, index in turns])
+        for (sample, index), reply in zip(turns, replies, strict=True):
+            question = sample.messages[index - 1].text.strip() if index else ""
+            truth = sample.messages[index].text.strip()
+            yield Answer(str(sample.origin), sample.task, question, truth, reply)
+
+
+def accuracy_by_task(answers: Sequence[Answer]) -> Mapping[str, tuple[float, int]]:
+    """Task -> (share of exact matches, number of answers); the key `all` holds every answer."""
+    groups: dict[str, list[bool]] = {"all": []}
+    for answer in answers:
+        groups["all"].append(answer.is_right)
+        if answer.task:
+            groups.setdefault(answer.task, []).append(answer.is_right)
+    return {task: (sum(right) / len(right), len(right)) for task, right in groups.items() if right}
+
+
+class AnswerAccuracy:
+    """Evaluator: exact match by task on held-out samples."""
+
+    def __init__(self, answering: Answering, samples: Sequence[Sample]) -> None:
+        self.answering = answering
+        self.samples = samples
+
+    def run(self) -> Mapping[str, float]:
+        """`exact_match` and `exact_match/<task>`."""
+        results = accuracy_by_task(list(self.answering.run(self.samples)))
+        return {
+            ("exact_match" if task == "all" else f"exact_match/{task}"): value for task, (value, _) in results.items()
+        }

@@ -1,0 +1,40 @@
+"""Run by path in a fresh process: load a folder with transformers alone and answer a probe.
+
+Usage: python plain_probe.py FOLDER INPUTS.safetensors OUTPUTS.safetensors MAX_NEW_TOKENS. Imports nothing of Triptych,
+so that what it finds is what any user of the folder finds.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+def main(folder: str, inputs_file: str, outputs_file: str, max_new_tokens: int) -> None:
+    """Write `logits` [1, L, V], `generated` [n] and, given a picture and a prompt, the processor's view."""
+    inputs = load_file(inputs_file)
+    picture = inputs.pop("probe_picture", None)
+    prompt = inputs.pop("probe_prompt", None)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    outputs: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        outputs["logits"] = model(**inputs).logits.float().contiguous()
+        new = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        outputs["generated"] = new[0, inputs["input_ids"].shape[1] :].contiguous()
+    if picture is not None and prompt is not None:
+        from PIL import Image
+
+        processor = AutoProcessor.from_pretrained(folder)
+        text = bytes(prompt.tolist()).decode("utf-8")
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        view = processor(text=rendered, images=Image.fromarray(picture.numpy()), return_tensors="pt")
+        outputs |= {f"processor/{name}": value.contiguous() for name, value in view.items()}
+    save_file(outputs, outputs_file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))

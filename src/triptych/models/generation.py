@@ -1,0 +1,101 @@
+"""Batched generation with any supported model, through Hugging Face's own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+
+from triptych.core.protocols import PictureProcessor
+from triptych.models.components import row_inputs_kind
+from triptych.models.pictures import model_inputs
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids that end with the generation prompt, and the pictures they hold in order."""
+
+    input_ids: Tensor
+    """[n] int64, pictures already expanded."""
+    pictures: tuple[Image.Image, ...]
+    """RGB, one for each run of picture tokens."""
+
+
+@torch.no_grad()
+def generate(
+    hf: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    pictures: PictureProcessor,
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    temperature: float = 0.0,
+) -> list[list[int]]:
+    """Continue each prompt; prompts are padded on the left and hidden by the attention mask, so rows do not interact.
+
+    Args:
+        hf: A model in any mode; it is put in eval mode and back.
+        prompts: At least one.
+        pictures: The model's picture processor.
+        max_new_tokens: Longest continuation in tokens.
+        stop_ids: Ids that end a turn; the first one met and all after it are cut from the result.
+        temperature: 0 for greedy, otherwise sampling at this temperature.
+
+    Returns:
+        New token ids of each prompt, without the stop id.
+    """
+    assert isinstance(hf, GenerationMixin)
+    pad = stop_ids[0] if stop_ids else 0
+    inputs = prompt_inputs(hf, prompts, pictures, pad)
+    longest = inputs["input_ids"].shape[1]
+    was_training = hf.training
+    hf.eval()
+    try:
+        output = hf.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            **({"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature > 0 else {}),
+            eos_token_id=list(stop_ids) or None,
+            pad_token_id=pad,
+            use_cache=True,
+        )
+    finally:
+        hf.train(was_training)
+    stops = set(stop_ids)
+    answers = []
+    for row in output[:, longest:].tolist():
+        end = next((index for index, token in enumerate(row) if token in stops), len(row))
+        answers.append(row[:end])
+    return answers
+
+
+def prompt_inputs(
+    hf: PreTrainedModel, prompts: Sequence[Prompt], pictures: PictureProcessor, pad: int
+) -> dict[str, Tensor]:
+    """Keyword arguments of the model for prompts padded on the left, on its device and in its type."""
+    weight = hf.get_input_embeddings().weight
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    input_ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(input_ids)
+    is_image = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        start = longest - len(prompt.input_ids)
+        input_ids[row, start:] = prompt.input_ids
+        mask[row, start:] = 1
+        is_image[row, start:] = prompt.input_ids == hf.config.image_token_id
+    inputs: dict[str, Tensor] = {"input_ids": input_ids, "attention_mask": mask}
+    every_picture = [picture for prompt in prompts for picture in prompt.pictures]
+    if every_picture:
+        inputs |= model_inputs(pictures.pixels(every_picture))
+    kind = row_inputs_kind(hf)
+    if kind != "plain":
+        inputs["mm_token_type_ids" if kind == "rotary_grid" else "token_type_ids"] = is_image
+    return {
+        name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }

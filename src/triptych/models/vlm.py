@@ -1,0 +1,262 @@
+"""The scorer of image-text-to-text models: what the engine calls and wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from triptych.core.errors import ModelError, Problem
+from triptych.core.protocols import PictureProcessor
+from triptych.core.types import Batch, ScoreField, Scores
+from triptych.models.components import Components, check_plain_head, component_parameters, row_inputs, row_inputs_kind
+from triptych.models.logprobs import DEFAULT_CHUNK, label_logprobs, shifted_states
+from triptych.models.pictures import PICTURE_TILES, model_inputs
+
+SUPPORTED_NEEDS: frozenset[ScoreField] = frozenset({"token_logprobs"})
+
+
+@dataclass(frozen=True)
+class Features:
+    """Vision features of the different pictures of a batch."""
+
+    pooled: tuple[Tensor, ...]
+    """For each picture [tokens of the picture, D]."""
+    deepstack: tuple[tuple[Tensor, ...], ...]
+    """For each level that also enters deeper layers (Qwen3-VL), for each picture, [tokens, D]; usually empty."""
+    outputs: Any
+    """What the model returned; its type and the form of its `pooler_output` are kept."""
+
+
+class VlmScorer(nn.Module):
+    """Scores batches with any supported image-text-to-text model; the model inside stays untouched.
+
+    Rows are right-padded and get no attention mask: under causal attention the result is the same and the fast
+    kernels apply. Components without trainable parameters stay in evaluation mode whatever `train()` says.
+    """
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        components: Components,
+        needs: frozenset[ScoreField] = SUPPORTED_NEEDS,
+        chunk_size: int = DEFAULT_CHUNK,
+        pictures: PictureProcessor | None = None,
+    ) -> None:
+        """
+        Args:
+            needs: fields of `Scores` to compute.
+            chunk_size: positions whose logits live at the same time.
+            pictures: makes the dummy picture of a micro-batch without pictures; needed when vision or connector train.
+
+        Raises:
+            ModelError: a field cannot be computed, or the model's logits are more than its head's output.
+        """
+        super().__init__()
+        unknown = sorted(needs - SUPPORTED_NEEDS)
+        if unknown:
+            raise ModelError(
+                Problem(
+                    f"a vision-language scorer cannot compute {', '.join(unknown)}",
+                    remedy=f"use an objective that needs {', '.join(sorted(SUPPORTED_NEEDS))}",
+                )
+            )
+        check_plain_head(hf.config)
+        if components.image_token_id is None:
+            raise ModelError(Problem(f"{type(hf).__name__} has no image token", remedy="use a dual-encoder scorer"))
+        self.hf = hf
+        self.components = components
+        self.needs = needs
+        self.chunk_size = chunk_size
+        self.pictures = pictures
+        self._image_token_id = components.image_token_id
+        self._row_inputs = row_inputs_kind(hf)
+
+    def forward(self, batch: Batch) -> Scores:
+        """Score a batch on the model's device.
+
+        Returns:
+            `token_logprobs` [S] where needed, and `auxiliary`, the router loss of a mixture-of-experts model that is
+            configured to report it (`output_router_logits`), else None.
+
+        Raises:
+            ModelError: pixels are not attached, or the placeholders of a row do not match its pictures' features.
+        """
+        if batch.images and batch.pixels is None:
+            raise ModelError(
+                Problem(
+                    f"a batch of {len(batch.images)} pictures has no pixels", remedy="call the source's attach first"
+                )
+            )
+        order = [index for row in batch.row_images for index in row]
+        features = self._features(batch.pixels) if order and batch.pixels is not None else None
+        self._check_counts(batch, features)
+        outputs = self.hf.base_model(
+            input_ids=batch.input_ids,
+            mm_encoder_outputs=None if features is None else {"image": _gather(features, order)},
+            use_cache=False,
+            **row_inputs(self._row_inputs, self.hf, batch.input_ids, batch.attention_mask, _grids(batch, order)),
+        )
+        auxiliary = self._auxiliary(outputs, batch)
+        if "token_logprobs" not in self.needs:
+            return Scores(auxiliary=auxiliary)
+        hidden, labels = shifted_states(outputs.last_hidden_state, batch.labels, batch.supervised)
+        logprobs = label_logprobs(hidden, labels, self.hf.get_output_embeddings(), self.chunk_size)
+        if features is None and self._needs_dummy():
+            logprobs = logprobs + self._dummy(batch.input_ids.device)
+        return Scores(token_logprobs=logprobs, auxiliary=auxiliary)
+
+    def train(self, mode: bool = True) -> VlmScorer:
+        """Switch modes; call it again after `requires_grad` changed.
+
+        Modules whose parameters are all frozen stay in evaluation mode, dropout and running statistics included.
+        """
+        super().train(mode)
+        if mode:
+            _freeze_modes(self.hf)
+            if self.hf.is_activation_checkpointing:
+                # Hugging Face blocks recompute only while their own flag says training. Gradients pass through a frozen
+                # language model to the connector, so its blocks must still recompute; their children stay frozen.
+                for path in self.components.layers.get("language", ()):
+                    self.hf.get_submodule(path).training = True
+        return self
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute the blocks' activations in the backward pass, by Hugging Face's own (non-reentrant) switch."""
+        if enabled:
+            self.hf.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.hf.activation_checkpointing_disable()
+        self.train(self.training)
+
+    def _features(self, pixels: Mapping[str, Tensor]) -> Features:
+        """Features of the pictures in `pixels`, once each; without a graph where nothing before them trains."""
+        trains = any(parameter.requires_grad for parameter in self._picture_parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            outputs = self.hf.base_model.get_image_features(**model_inputs(pixels), return_dict=True)
+        pooled = outputs.pooler_output
+        if isinstance(pooled, Tensor):  # [tiles, tokens of a tile, D]
+            tiles = pixels.get(PICTURE_TILES)
+            counts = [1] * len(pooled) if tiles is None else tiles.tolist()
+            pooled = [part.flatten(0, 1) for part in pooled.split(counts)]
+        return Features(
+            tuple(pooled), tuple(tuple(level) for level in outputs.get("deepstack_features") or ()), outputs
+        )
+
+    def _check_counts(self, batch: Batch, features: Features | None) -> None:
+        """Compare placeholders and features row by row; a mismatch would pair words with the wrong pixels."""
+        pooled = features.pooled if features is not None else ()
+        if features is not None and len(pooled) != len(batch.images):
+            raise ModelError(
+                Problem(f"the model made features of {len(pooled)} pictures, the batch has {len(batch.images)}")
+            )
+        found = batch.input_ids.eq(self._image_token_id).sum(dim=1).tolist()
+        problems = []
+        for row, (placeholders, images) in enumerate(zip(found, batch.row_images, strict=True)):
+            expected = sum(len(pooled[index]) for index in images)
+            if placeholders != expected:
+                problems.append(
+                    Problem(
+                        f"sample {batch.origins[row]} has {placeholders} image placeholders, "
+                        f"but its {len(images)} pictures have {expected} features",
+                        remedy="tokenise with this model's picture processor; never cut a row inside a picture",
+                    )
+                )
+        if problems:
+            raise ModelError(problems)
+
+    def _picture_parameters(self) -> list[nn.Parameter]:
+        return [
+            parameter
+            for component in ("vision", "connector")
+            for parameter in component_parameters(self.components, component, self.hf).values()
+        ]
+
+    def _needs_dummy(self) -> bool:
+        """Whether this batch without pictures must run the vision side all the same.
+
+        Data-parallel ranks must use the same parameters: for gradients when any of them trains, and for the gathering
+        of sharded parameters in every forward pass.
+        """
+        parameters = self._picture_parameters()
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        return trains or any(isinstance(parameter, DTensor) for parameter in parameters)
+
+    def _dummy(self, device: torch.device) -> Tensor:
+        """0-d zero that depends on every vision and connector parameter in use."""
+        if self.pictures is None:
+            raise ModelError(
+                Problem(
+                    "a micro-batch has no pictures while vision or connector train, so they would get no gradient",
+                    remedy="give the scorer `pictures`, the model's picture processor",
+                )
+            )
+        # Grey, since pictures of exact zeros are taken for padding by some families.
+        pixels = self.pictures.pixels([Image.new("RGB", (32, 32), (96, 96, 96))])
+        features = self._features({name: value.to(device) for name, value in pixels.items()})
+        parts = [*features.pooled, *(part for level in features.deepstack for part in level)]
+        return torch.stack([part.float().sum() for part in parts]).sum() * 0.0
+
+    def _auxiliary(self, outputs: Any, batch: Batch) -> Tensor | None:
+        router_logits = outputs.get("router_logits")
+        if not router_logits:
+            return None
+        config = self.hf.config.get_text_config()
+        losses = row_balance(router_logits, batch.attention_mask, config.num_experts_per_tok)
+        return config.router_aux_loss_coef * losses.sum()
+
+
+def row_balance(router_logits: tuple[Tensor, ...], mask: Tensor, top_k: int) -> Tensor:
+    """Load-balancing loss of each row of a mixture-of-experts model: experts x sum_e f_e P_e.
+
+    f_e is the share of the row's tokens (over all layers) routed to expert e, P_e the mean probability of e (Fedus et
+    al. 2021, arXiv 2101.03961, equations 4 to 6). Taken row by row, so that it adds up over micro-batches; padding
+    counts nothing.
+
+    Args:
+        router_logits: for each layer [R * L, experts].
+        mask: [R, L] 1 on real tokens.
+
+    Returns:
+        [R] float32.
+    """
+    rows, length = mask.shape
+    logits = torch.stack([layer.view(rows, length, -1) for layer in router_logits], dim=1).float()
+    probabilities = logits.softmax(dim=-1)
+    chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+    weights = mask[:, None, :, None].float()
+    tokens = weights.sum(dim=(1, 2)) * len(router_logits)
+    shares = (chosen * weights).sum(dim=(1, 2)) / tokens
+    means = (probabilities * weights).sum(dim=(1, 2)) / tokens
+    return logits.shape[-1] * (shares * means).sum(dim=-1)
+
+
+def _gather(features: Features, order: list[int]) -> Any:
+    """The model's own output record, its features those of the rows' pictures in order of appearance."""
+    joined = torch.cat([features.pooled[index] for index in order])
+    is_tensor = isinstance(features.outputs.pooler_output, Tensor)
+    fields: dict[str, Any] = {"pooler_output": joined if is_tensor else [joined]}
+    if features.deepstack:
+        fields["deepstack_features"] = [[torch.cat([level[index] for index in order])] for level in features.deepstack]
+    return type(features.outputs)(**fields)
+
+
+def _grids(batch: Batch, order: list[int]) -> Tensor | None:
+    """[pictures of all rows in order, 3], for families whose pixels name their grids."""
+    grids = batch.pixels.get("image_grid_thw") if batch.pixels is not None else None
+    return grids[order] if grids is not None and order else None
+
+
+def _freeze_modes(module: nn.Module) -> None:
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return
+    for child in module.children():
+        _freeze_modes(child)

@@ -1,0 +1,121 @@
+"""What the stages share: from a recipe's sections to the objects of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from triptych.core.config import Config
+from triptych.core.distributed import rank, world_size
+from triptych.core.errors import DataError, Problem
+from triptych.core.protocols import Evaluator, Objective, PictureProcessor, Reference
+from triptych.core.types import Example, ParameterGroup, Sample
+from triptych.data.formats import AnyDatasetConfig, Dataset, open_dataset
+from triptych.data.loader import Loader, LoaderConfig
+from triptych.data.mixture import Mixture
+from triptych.engine.parallel import Runtime
+from triptych.models.components import Components
+from triptych.models.tuning import TuningPlan
+
+ROW_REPORT = "rows.jsonl"
+"""File in the output folder that lists the rows a run left out."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """Everything that a stage hands to the engine, and that `check` looks at."""
+
+    scorer: nn.Module
+    """Unwrapped, tuned; the Hugging Face model is its `hf`."""
+    components: Components
+    plan: TuningPlan
+    tokenizer: Any
+    pictures: PictureProcessor
+    encode: Callable[[Sample], Example]
+    """A training row as the loader encodes it."""
+    datasets: list[Dataset]
+    objective: Objective
+    save: Callable[[Path], None]
+    """Write the finished model as a Hugging Face folder; called on the main rank with full weights in place."""
+    reference: Reference | None = None
+    evaluators: Callable[[nn.Module, Runtime], list[Evaluator]] = field(default=lambda scorer, runtime: [])
+    """Wrapped scorer -> what measures it during training."""
+    after_step: Callable[[], None] | None = None
+    show_answers: Callable[[str], None] = field(default=lambda title: None)
+    """Print some held-out answers; called before and after training on the main rank."""
+
+    @property
+    def groups(self) -> list[ParameterGroup]:
+        """The plan's groups by the names that the scorer gives their parameters."""
+        return [
+            replace(group, parameters={f"hf.{name}": item for name, item in group.parameters.items()})
+            for group in self.plan.groups
+        ]
+
+    @property
+    def blocks(self) -> list[str]:
+        """Module paths, within the scorer, of all transformer blocks: the units of checkpointing and sharding."""
+        return [f"hf.{path}" for paths in self.components.layers.values() for path in paths]
+
+
+def open_datasets(configs: Iterable[AnyDatasetConfig]) -> list[Dataset]:
+    """Open every data set of a recipe, relative to the working directory.
+
+    Raises:
+        DataError: all that cannot be opened, at once.
+    """
+    datasets: list[Dataset] = []
+    problems: list[Problem] = []
+    for config in configs:
+        try:
+            dataset = open_dataset(config, Path.cwd())
+            if not len(dataset):
+                problems.append(Problem("no rows", file=config.path, remedy="point `path` at a file with rows"))
+            datasets.append(dataset)
+        except DataError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise DataError(problems)
+    return datasets
+
+
+def make_loader(
+    datasets: Sequence[Dataset],
+    encode: Callable[[Sample], Example],
+    pictures: PictureProcessor,
+    config: LoaderConfig,
+    output: Path | None,
+) -> Loader:
+    """The training source of this rank; rows that are left out are listed in the output folder."""
+    mixture = Mixture([len(item) for item in datasets], [item.config.weight for item in datasets], config.seed)
+    if config.report is None and output is not None:
+        config = config.model_copy(update={"report": output / ROW_REPORT})
+    return Loader(datasets, mixture, encode, pictures, config, rank=rank(), world_size=world_size())
+
+
+def make_held_out_loader(
+    datasets: Sequence[Dataset],
+    encode: Callable[[Sample], Example],
+    pictures: PictureProcessor,
+    batch: int,
+) -> Loader:
+    """A source that yields every held-out row once, in a single window of light batches."""
+    total = sum(len(item) for item in datasets)
+    config = LoaderConfig(global_batch=total, micro_batch=batch, epochs=1, prefetch=0)
+    unweighted = Mixture([len(item) for item in datasets], [None] * len(datasets), 0)
+    return Loader(datasets, unweighted, encode, pictures, config, rank=rank(), world_size=world_size())
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of a recipe's `dtype`."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The recipe with every default filled in, as plain values; what checkpoints are compared by."""
+    return config.model_dump(mode="json", by_alias=True)

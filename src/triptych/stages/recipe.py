@@ -1,0 +1,103 @@
+"""The schema of a recipe, one class for each stage."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from triptych.core.config import Config
+from triptych.data.formats import DatasetConfig
+from triptych.data.loader import LoaderConfig
+from triptych.engine.trainer import TrainConfig
+from triptych.models.dual_encoder import DualEncoderConfig
+from triptych.models.load import VlmConfig
+from triptych.models.tuning import TuningRule
+from triptych.objectives.contrastive import ContrastiveConfig
+from triptych.objectives.language import LanguageConfig
+from triptych.objectives.preference import DpoConfig
+
+
+class EvaluationConfig(Config):
+    """What is measured on rows that are not trained on."""
+
+    data: tuple[DatasetConfig, ...] = Field(min_length=1)
+    """Held-out data sets; each row once."""
+    batch: int = Field(default=16, ge=1)
+    """Examples in a forward pass."""
+    answers: bool = False
+    """Also generate the answers and score them by exact match (tune)."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest generated answer in tokens."""
+    show: int = Field(default=0, ge=0)
+    """Print this many generated answers before and after training (tune)."""
+
+
+class StageRecipe(Config):
+    """Keys of every stage."""
+
+    output: str
+    """Folder of the run: checkpoints, logs and the finished model. Relative to the working directory, as all paths."""
+    tuning: tuple[TuningRule, ...] = Field(min_length=1)
+    """Ordered rules; the first that matches a parameter decides, and together they cover the model."""
+    lr: float = Field(gt=0)
+    """Peak learning rate of rules that name none."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Of rules that name none; biases, norms, scalars and LoRA are never decayed."""
+    data: tuple[DatasetConfig, ...] = Field(min_length=1)
+    """Data sets to train on."""
+    loader: LoaderConfig
+    """How rows become batches."""
+    train: TrainConfig = TrainConfig()
+    """How the model is optimised, saved and watched."""
+    evaluation: EvaluationConfig | None = None
+    """Held-out measurements during training and at the end."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the weights in memory; float32 is the safe choice for training them."""
+
+
+class VlmRecipe(StageRecipe):
+    """Keys of the stages that train a vision-language model."""
+
+    model: VlmConfig
+    """A model to load, or the parts to compose one of."""
+    template: str = "model"
+    """Conversation template: a name of the table in `data/templates.py`, or `model` for the model's own."""
+    max_length: int = Field(default=2048, ge=8)
+    """Longest row in tokens, picture tokens included; longer rows are reported, never cut."""
+
+
+class TuneRecipe(VlmRecipe):
+    """Next-token training: align a connector, caption, instruct."""
+
+    stage: Literal["tune"]
+    """Selects this stage."""
+    objective: LanguageConfig = LanguageConfig()
+    """What is minimised."""
+
+
+class PreferenceRecipe(VlmRecipe):
+    """Preference optimisation on pairs of answers."""
+
+    stage: Literal["preference"]
+    """Selects this stage."""
+    objective: DpoConfig = DpoConfig()
+    """What is minimised."""
+    reference: Literal["auto", "frozen", "adapter_off"] = "auto"
+    """The model to stay near: a frozen copy, or the policy with its adapters switched off (no second copy). `auto`:
+    adapter_off where adapters are all that trains."""
+
+
+class ContrastiveRecipe(StageRecipe):
+    """Contrastive pre-training of two towers."""
+
+    stage: Literal["contrastive"]
+    """Selects this stage."""
+    model: DualEncoderConfig
+    """The two towers."""
+    objective: ContrastiveConfig = ContrastiveConfig()
+    """What is minimised."""
+    max_length: int = Field(default=64, ge=2)
+    """Longest caption in tokens."""
+    truncate_captions: bool = False
+    """Cut longer captions instead of reporting them."""

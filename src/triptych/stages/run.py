@@ -1,0 +1,97 @@
+"""Build a stage, train it, and leave a finished run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from torch import nn
+
+from triptych.core.config import ConfigTree
+from triptych.core.distributed import barrier, is_main
+from triptych.core.protocols import Evaluator
+from triptych.data.mixture import Mixture
+from triptych.engine.monitors import build_monitors
+from triptych.engine.parallel import Runtime
+from triptych.engine.state import seed_everything
+from triptych.engine.trainer import Trainer
+from triptych.models.tuning import check_gradients
+from triptych.stages.build import Built, make_loader, resolved
+from triptych.stages.recipe import StageRecipe
+
+FINISHED = "finished.json"
+"""Written last; a pipeline skips a stage whose folder has it."""
+
+
+def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTree, *, dry_run: bool = False) -> None:
+    """Train one stage into `recipe.output`; an unfinished run resumes from its newest checkpoint."""
+    console = Console(quiet=not is_main())
+    runtime = Runtime(recipe.train.runtime)
+    seed_everything(recipe.train.seed)
+    built = build(recipe)
+    if dry_run:
+        show_plan(recipe, built, Console(quiet=not is_main()))
+        runtime.close()
+        return
+    output = Path(recipe.output)
+    console.print(built.plan.table())
+    if is_main():
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.yaml").write_text(
+            yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+    barrier()
+    trainer = make_trainer(recipe, built, runtime, output)
+    if is_main() and trainer.progress.step == 0:
+        built.show_answers("before training")
+    result = trainer.fit()
+    if is_main():
+        built.show_answers("after training")
+        summary = {"steps": result.progress.step, "best_step": result.best_step, "evaluation": dict(result.evaluation)}
+        (output / FINISHED).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    for name, value in result.evaluation.items():
+        console.print(f"{name}: {value:.4g}")
+    console.print(f"model: {output / 'model'}", soft_wrap=True)
+    runtime.close()
+
+
+def make_trainer(recipe: StageRecipe, built: Built, runtime: Runtime, output: Path) -> Trainer:
+    """Wrap the scorer and put the trainer together."""
+    scorer = built.scorer
+    scorer.train()
+    wrapped: nn.Module = runtime.wrap(scorer, built.blocks)
+    evaluators: list[Evaluator] = built.evaluators(wrapped, runtime)
+    source = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, output)
+    return Trainer(
+        scorer=wrapped,
+        objective=built.objective,
+        source=source,
+        groups=built.groups,
+        config=recipe.train,
+        runtime=runtime,
+        output=output,
+        recipe=resolved(recipe),
+        monitors=build_monitors(recipe.train.monitors, output, recipe.train.log_every),
+        evaluators=evaluators,
+        reference=built.reference,
+        save_model=built.save,
+        gradient_check=check_gradients,
+        after_step=built.after_step,
+        global_batch=recipe.loader.global_batch,
+    )
+
+
+def show_plan(recipe: StageRecipe, built: Built, console: Console) -> None:
+    """What would be trained, on how many rows, in how many steps."""
+    console.print(built.plan.table())
+    mixture = Mixture([len(item) for item in built.datasets], [item.config.weight for item in built.datasets], 0)
+    for dataset, quota in zip(built.datasets, mixture.quotas, strict=True):
+        console.print(f"{dataset.name}: {len(dataset)} rows, {quota} draws an epoch", markup=False)
+    loader = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, None)
+    console.print(
+        f"{loader.total_windows} steps of {recipe.loader.global_batch} examples, into {recipe.output}", markup=False
+    )

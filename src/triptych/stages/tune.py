@@ -1,0 +1,53 @@
+"""Stage `tune`: next-token training of a vision-language model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from triptych.core.protocols import Evaluator
+from triptych.engine.parallel import Runtime
+from triptych.evaluation.answers import AnswerAccuracy
+from triptych.evaluation.held_out import HeldOutLoss
+from triptych.objectives import build_objective
+from triptych.stages.build import Built, make_held_out_loader, open_datasets
+from triptych.stages.recipe import TuneRecipe
+from triptych.stages.saving import save_finished
+from triptych.stages.vlm import Vlm, build_vlm, read_samples, show_answers
+
+
+def build_tune(recipe: TuneRecipe) -> Built:
+    """Load or compose the model, apply the tuning plan, open the data."""
+    datasets = open_datasets(recipe.data)
+    vlm = build_vlm(recipe)
+    objective = build_objective(recipe.objective)
+
+    def evaluators(scorer: nn.Module, runtime: Runtime) -> list[Evaluator]:
+        if recipe.evaluation is None:
+            return []
+        return make_evaluators(recipe, vlm, scorer, runtime)
+
+    return Built(
+        scorer=vlm.scorer,
+        components=vlm.loaded.components,
+        plan=vlm.plan,
+        tokenizer=vlm.loaded.tokenizer,
+        pictures=vlm.loaded.pictures,
+        encode=vlm.encoder.encode,
+        datasets=datasets,
+        objective=objective,
+        save=lambda folder: save_finished(folder, vlm.loaded, lambda: build_vlm(recipe).loaded),
+        evaluators=evaluators,
+        show_answers=lambda title: show_answers(recipe, vlm, title),
+    )
+
+
+def make_evaluators(recipe: TuneRecipe, vlm: Vlm, scorer: nn.Module, runtime: Runtime) -> list[Evaluator]:
+    """The held-out loss and, where asked for, exact match of generated answers."""
+    assert recipe.evaluation is not None
+    datasets = open_datasets(recipe.evaluation.data)
+    source = make_held_out_loader(datasets, vlm.encoder.encode, vlm.loaded.pictures, recipe.evaluation.batch)
+    result: list[Evaluator] = [HeldOutLoss(scorer, build_objective(recipe.objective), source, None, runtime)]
+    if recipe.evaluation.answers:
+        answering = vlm.answering(recipe.evaluation.max_new_tokens, recipe.evaluation.batch)
+        result.append(AnswerAccuracy(answering, read_samples(datasets)))
+    return result

@@ -1,0 +1,246 @@
+"""Using a trained model: `eval`, `chat` and `export`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from triptych.core.config import did_you_mean, load_tree, validate
+from triptych.core.errors import ConfigError, DataError, ModelError, Problem, TriptychError
+from triptych.core.types import ImageReference, Message, Part, Text
+from triptych.data.formats import FORMATS, AnyDatasetConfig, DatasetConfig
+from triptych.data.images import decode, resolve_image
+from triptych.engine.checkpoint import read
+from triptych.engine.state import restore_tensors
+from triptych.evaluation.answers import Answer, Answering, accuracy_by_task
+from triptych.export.parity import Parity, verify
+from triptych.models.generation import Prompt, prompt_inputs
+from triptych.models.load import LoadedVlm, VlmConfig, load_vlm
+from triptych.stages.build import open_datasets
+from triptych.stages.pipeline import STAGES, find_stage
+from triptych.stages.recipe import VlmRecipe
+from triptych.stages.saving import write_model
+from triptych.stages.vlm import build_vlm, make_answering, make_encoder, read_samples
+
+MAX_CONTEXT = 8192
+"""Longest conversation in tokens where the model names no limit."""
+
+
+def load_for_use(folder: Path) -> LoadedVlm:
+    """Load a finished model.
+
+    Raises:
+        ModelError: there is none in the folder.
+    """
+    if not (folder / "config.json").is_file():
+        inner = folder / "model"
+        remedy = f"use {inner}" if (inner / "config.json").is_file() else "train one first: triptych train RECIPE"
+        raise ModelError(Problem("no model in this folder (config.json is missing)", file=str(folder), remedy=remedy))
+    return load_vlm(VlmConfig.model_validate({"from": str(folder)}))
+
+
+def answering_of(loaded: LoadedVlm, max_new_tokens: int, batch: int = 16) -> Answering:
+    """A loaded model as something that answers, in its own chat template."""
+    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", MAX_CONTEXT)
+    return make_answering(loaded, make_encoder(loaded, "model", limit), max_new_tokens, batch)
+
+
+def evaluate_answers(
+    model: Path,
+    data: Path,
+    images: Path | None,
+    format: str,
+    output: Path | None,
+    limit: int | None,
+    max_new_tokens: int,
+) -> dict[str, tuple[float, int]]:
+    """Answer the questions of a data file, print accuracy by task, and write one JSON line per answer if asked."""
+    samples = read_samples(open_datasets([_dataset_config(data, images, format)]), limit)
+    answering = answering_of(load_for_use(model), max_new_tokens)
+    total = sum(message.role == "assistant" for sample in samples for message in sample.messages)
+    console = Console()
+    bar = track(answering.run(samples), "answering", total=total, console=console, transient=True)
+    answers: list[Answer] = list(bar)
+    results = dict(accuracy_by_task(answers))
+    table = Table("task", "exact match", "n")
+    for task, (accuracy, count) in results.items():
+        table.add_row(task, f"{accuracy:.1%}", str(count))
+    console.print(table)
+    if output is not None:
+        lines = (json.dumps(answer.row(), ensure_ascii=False) for answer in answers)
+        output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        console.print(f"answers: {output}", soft_wrap=True)
+    return results
+
+
+def chat_in_terminal(model: Path, image: Path | None, system: str, max_new_tokens: int) -> None:
+    """Talk until `/exit` or end of input; mistakes are reported and the conversation goes on."""
+    console = Console(highlight=False)
+    chat = Chat(answering_of(load_for_use(model), max_new_tokens, batch=1), system)
+    if image is not None:
+        chat.add_image(image)
+    console.print("/image PATH adds a picture, /reset starts over, /exit leaves", style="dim")
+    while True:
+        try:
+            line = console.input("[bold]you:[/bold] ").strip()
+        except EOFError:
+            break
+        if line == "/exit":
+            break
+        try:
+            reply = chat.say(line)
+        except TriptychError as error:
+            reply = f"error: {error}"
+        if reply:
+            console.print(f"model: {reply}", markup=False)
+
+
+class Chat:
+    """A conversation with a model; pictures belong to the next question."""
+
+    def __init__(self, answering: Answering, system: str = "") -> None:
+        self.answering = answering
+        self.system = system
+        self.messages: list[Message] = []
+        self.waiting: list[Part] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system prompt."""
+        self.messages = [Message("system", (Text(self.system),))] if self.system else []
+        self.waiting = []
+
+    def add_image(self, path: Path) -> None:
+        """Show a picture with the next question.
+
+        Raises:
+            DataError: it is not a readable picture.
+        """
+        path = path.expanduser().resolve()
+        reference = resolve_image(path.parent, path.name)
+        decode(reference)
+        self.waiting.append(reference)
+
+    def say(self, line: str) -> str:
+        """Handle one line of input; the reply, or a confirmation of a command.
+
+        Raises:
+            DataError: a picture cannot be read, or the conversation is too long; nothing has changed then.
+        """
+        if line.startswith("/image"):
+            name = line.removeprefix("/image").strip()
+            if not name:
+                raise DataError(Problem("no path given", remedy="/image PATH"))
+            self.add_image(Path(name))
+            return f"(picture {name} goes with your next question)"
+        if line == "/reset":
+            self.reset()
+            return "(started over)"
+        if not line:
+            return ""
+        messages = [*self.messages, Message("user", (*self.waiting, Text(line)))]
+        (reply,) = self.answering.answer([messages])
+        self.messages = [*messages, Message("assistant", (Text(reply),))]
+        self.waiting = []
+        return reply
+
+
+def export_run(run: Path, output: Path | None, checkpoint: str) -> Parity:
+    """Write a checkpoint of a run as a plain Hugging Face folder and verify it in a fresh process.
+
+    Raises:
+        ConfigError: the folder is not a run of a stage that can be exported.
+        CheckpointError: the checkpoint does not fit.
+        ModelError: what plain transformers loads is not the same model; the folder is kept for inspection.
+    """
+    tree = load_tree(run / "recipe.yaml")
+    schema, _ = STAGES[find_stage(tree)]
+    recipe = validate(schema, tree)
+    if not isinstance(recipe, VlmRecipe):
+        message = "a dual encoder needs no export"
+        raise ConfigError(Problem(message, file=str(run), remedy=f"{run / 'model'} is a plain Hugging Face folder"))
+    vlm = build_vlm(recipe)
+    folder = find_checkpoint(run / "checkpoints", checkpoint)
+    snapshot = read(folder)
+    scorer_state = {
+        name: item for name, item in vlm.scorer.state_dict(keep_vars=True).items() if name in snapshot.weights
+    }
+    restore_tensors(scorer_state, snapshot.weights, "weights")
+    target = output or run / "export"
+    write_model(target, vlm.loaded)
+    parity = check_parity(vlm.loaded, target)
+    Console().print(
+        f"{target}: plain transformers gives the same greedy answer; largest difference of a logit "
+        f"{parity.logit_difference:.1e} of the largest",
+        soft_wrap=True,
+    )
+    return parity
+
+
+def find_checkpoint(checkpoints: Path, name: str) -> Path:
+    """The folder of a checkpoint; `best` falls back to `last` where a run followed no metric."""
+    folder = checkpoints / name
+    if not folder.exists() and name == "best":
+        folder = checkpoints / "last"
+    if not folder.exists():
+        names = sorted(item.name for item in checkpoints.iterdir()) if checkpoints.is_dir() else []
+        remedy = did_you_mean(name, names) if names else "train first: triptych train RECIPE"
+        raise ConfigError(Problem(f"no checkpoint `{name}`", file=str(checkpoints), remedy=remedy))
+    return folder
+
+
+def check_parity(loaded: LoadedVlm, folder: Path, max_new_tokens: int = 12) -> Parity:
+    """Compare the model in memory with what plain transformers loads, on a drawn picture and a question."""
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    question = "What is in the picture?"
+    encoder = make_encoder(loaded, "model", MAX_CONTEXT)
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    reference = ImageReference(data=encoded.getvalue(), name="probe")
+    example = encoder.encode_prompt([Message("user", (reference, Text(question)))])
+    model = loaded.model.float()
+    inputs = prompt_inputs(model, [Prompt(example.trunk.input_ids, (picture,))], loaded.pictures, pad=0)
+    has_processor = (folder / "processor_config.json").is_file() and loaded.source is None
+    parity = verify(
+        model,
+        folder,
+        inputs,
+        picture=torch.from_numpy(pixels) if has_processor else None,
+        prompt=question,
+        max_new_tokens=max_new_tokens,
+    )
+    theirs = parity.processor.get("input_ids")
+    if theirs is not None and theirs[0].tolist() != example.trunk.input_ids.tolist():
+        raise ModelError(
+            Problem(
+                f"the saved processor makes {theirs.shape[1]} prompt tokens, training made "
+                f"{len(example.trunk.input_ids)}, or they differ",
+                file=str(folder),
+                remedy="report the recipe that made this model",
+            )
+        )
+    return parity
+
+
+def _dataset_config(data: Path, images: Path | None, format: str) -> AnyDatasetConfig:
+    if format not in FORMATS:
+        raise ConfigError(Problem(f"`{format}` is not a format", key="--format", remedy=did_you_mean(format, FORMATS)))
+    values = {"format": format, "path": os.fspath(data), "images": None if images is None else os.fspath(images)}
+    adapter: TypeAdapter[AnyDatasetConfig] = TypeAdapter(DatasetConfig)
+    try:
+        return adapter.validate_python(values)
+    except ValidationError as error:
+        raise ConfigError(
+            [Problem(str(item["msg"]), key=".".join(map(str, item["loc"]))) for item in error.errors()]
+        ) from error

@@ -1,0 +1,83 @@
+"""What the stages of vision-language models share: the model with its tuning, its encoder, its answers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from triptych.core.types import Sample
+from triptych.data.formats import Dataset
+from triptych.data.images import decode
+from triptych.data.tokenize import ConversationEncoder
+from triptych.evaluation.answers import Answering
+from triptych.models.load import LoadedVlm, load_vlm
+from triptych.models.tuning import TuningPlan, apply_tuning
+from triptych.models.vlm import VlmScorer
+from triptych.stages.build import open_datasets, torch_dtype
+from triptych.stages.recipe import TuneRecipe, VlmRecipe
+
+
+@dataclass(frozen=True)
+class Vlm:
+    """A model ready to be trained and asked."""
+
+    loaded: LoadedVlm
+    plan: TuningPlan
+    scorer: VlmScorer
+    encoder: ConversationEncoder
+
+    def answering(self, max_new_tokens: int, batch: int) -> Answering:
+        """The model as something that answers."""
+        return make_answering(self.loaded, self.encoder, max_new_tokens, batch)
+
+
+def build_vlm(recipe: VlmRecipe) -> Vlm:
+    """Load or compose the model and apply the tuning plan; the same recipe and seed give the same weights."""
+    loaded = load_vlm(recipe.model, dtype=torch_dtype(recipe.dtype))
+    plan = apply_tuning(loaded.model, loaded.components, recipe.tuning, recipe.lr, recipe.weight_decay)
+    scorer = VlmScorer(loaded.model, loaded.components, pictures=loaded.pictures)
+    return Vlm(loaded, plan, scorer, make_encoder(loaded, recipe.template, recipe.max_length))
+
+
+def make_encoder(loaded: LoadedVlm, template: str, max_length: int) -> ConversationEncoder:
+    """The encoder of a loaded model."""
+    loaded.tokenizer.chat_template = loaded.template
+    return ConversationEncoder(loaded.tokenizer, template, loaded.pictures, max_length)
+
+
+def make_answering(loaded: LoadedVlm, encoder: ConversationEncoder, max_new_tokens: int, batch: int) -> Answering:
+    """A loaded model as something that answers."""
+    return Answering(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        pictures=loaded.pictures,
+        encode_prompt=encoder.encode_prompt,
+        decode=decode,
+        stop_ids=encoder.stop_ids,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch,
+    )
+
+
+def read_samples(datasets: Iterable[Dataset], limit: int | None = None) -> list[Sample]:
+    """The rows of data sets, in order."""
+    rows = (dataset.sample(index) for dataset in datasets for index in range(len(dataset)))
+    return list(itertools.islice(rows, limit))
+
+
+def show_answers(recipe: TuneRecipe, vlm: Vlm, title: str) -> None:
+    """Print the first held-out questions with the truth and the model's answers."""
+    if recipe.evaluation is None or not recipe.evaluation.show:
+        return
+    answering = vlm.answering(recipe.evaluation.max_new_tokens, recipe.evaluation.batch)
+    samples = read_samples(open_datasets(recipe.evaluation.data), recipe.evaluation.show)
+    table = Table("picture", "question", "truth", "answer", title=f"Held-out answers {title}")
+    for sample, answer in zip(samples, answering.run(samples), strict=False):
+        names = ", ".join(image.name for image in sample.images)
+        colour = "green" if answer.is_right else "red"
+        table.add_row(names, answer.question, answer.truth, f"[{colour}]{answer.prediction[:80]!r}[/{colour}]")
+    Console().print(table)

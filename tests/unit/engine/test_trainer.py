@@ -1,0 +1,366 @@
+"""The loop: exact resume at every step and after SIGKILL, evaluation, the best model, what stops a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.unit.engine.toy_run import (
+    NUM_WINDOWS,
+    ToyEvaluator,
+    ToyObjective,
+    ToyScorer,
+    ToySource,
+    Watcher,
+    assert_identical,
+    outcome,
+    toy_batch,
+    toy_trainer,
+)
+from triptych.core.errors import CheckpointError, TrainingError
+from triptych.core.protocols import Objective
+from triptych.core.types import ImageReference, Progress, Window
+from triptych.engine.checkpoint import read
+from triptych.engine.trainer import FitResult
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("whole")
+    toy_trainer(output).fit()
+    return outcome(output)
+
+
+def test_the_toy_is_a_plain_objective() -> None:
+    assert isinstance(ToyObjective(), Objective)
+
+
+@pytest.mark.requirement("F-26", "F-27")
+def test_a_run_takes_every_window_the_last_partial_one_included(tmp_path: Path) -> None:
+    watcher, source = Watcher(), ToySource()
+    result = toy_trainer(tmp_path, source=source, monitors=[watcher]).fit()
+
+    assert result.progress == Progress(NUM_WINDOWS, NUM_WINDOWS, 3.0)
+    assert [record.samples for record in watcher.records] == [4, 4, 2] * 3
+    assert [record.supervised_tokens for record in watcher.records] == [16, 16, 8] * 3
+    assert [event for event in watcher.events if event[0] == "evaluation"] == [("evaluation", s) for s in (3, 6, 9)]
+    saved = [event[1] for event in watcher.events if event[0] == "checkpoint"]
+    assert saved == [2, 4, 6, 8, 9]
+    assert source.reported[0] == {"loss": watcher.records[0].loss, **watcher.records[0].metrics}
+    assert watcher.records[0].progress.step == 1 and watcher.records[0].loss == pytest.approx(2.536, abs=1e-3)
+
+
+@pytest.mark.requirement("F-26")
+def test_gradients_of_one_window_never_leak_into_the_next(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path)
+    seen: list[bool] = []
+    trainer.after_step = lambda: seen.append(all(item.grad is None for item in trainer.scorer.parameters()))
+    trainer.fit()
+
+    assert seen == [True] * NUM_WINDOWS
+
+
+@pytest.mark.requirement("G-3", "G-7")
+@pytest.mark.parametrize("step", range(1, NUM_WINDOWS + 1))
+def test_a_run_broken_off_after_any_step_ends_bit_identical(
+    tmp_path: Path, step: int, uninterrupted: dict[str, Any]
+) -> None:
+    """Weights, optimizer, random numbers, data position, early stopping and log; checkpoints are two steps apart."""
+    broken = toy_trainer(tmp_path)
+    watcher = Watcher(fail_at=step)
+    broken.monitors = [*broken.monitors, watcher]
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    assert isinstance(watcher.error, KeyboardInterrupt)
+
+    torch.rand(step)  # whatever happened to the generators in between
+    resumed = toy_trainer(tmp_path)
+    watcher = Watcher()
+    resumed.monitors = [*resumed.monitors, watcher]
+    resumed.fit()
+
+    start = (step - 1) // 2 * 2
+    assert watcher.events[0] == ("start", start)
+    assert watcher.events[1] == (("checkpoint", start) if start else ("step", 1))
+    assert_identical(outcome(tmp_path), uninterrupted)
+
+
+def test_a_finished_run_started_again_only_reports(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    first = toy_trainer(tmp_path).fit()
+    watcher, saved = Watcher(), list[Path]()
+    again = toy_trainer(tmp_path, save_model=saved.append)
+    again.monitors = [*again.monitors, watcher]
+
+    assert again.fit() == first
+    assert [event[0] for event in watcher.events] == ["start", "checkpoint", "end"]
+    assert saved == [tmp_path / "model"]
+    assert_identical(outcome(tmp_path), uninterrupted)
+
+
+DRIVER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.unit.engine.toy_run import Watcher, toy_trainer
+
+class Telling(Watcher):
+    def on_step(self, record):
+        if not self.records:
+            os.write(write, b"!")
+        super().on_step(record)
+
+def start(output):
+    '''A process that has finished the first step of its life.'''
+    pid = os.fork()
+    if pid == 0:
+        trainer = toy_trainer(Path(output), {"save_every": 1, "keep_last": 2})
+        trainer.monitors = [*trainer.monitors, Telling()]
+        trainer.fit()
+        os.write(write, b"!")  # a life without any step
+        os._exit(0)
+    os.read(read, 1)
+    return pid
+
+read, write = os.pipe()
+pid, begin = start(sys.argv[1]), time.perf_counter()
+assert os.waitpid(pid, 0)[1] == 0
+length = time.perf_counter() - begin
+rng = random.Random(7)
+status, steps = None, []
+while status != 0:
+    pid = start(sys.argv[2])
+    time.sleep(rng.uniform(0, 0.3) * length)
+    os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    last = Path(sys.argv[2], "checkpoints", "last")
+    steps.append(int(os.readlink(last)[5:]) if last.is_symlink() else 0)
+    os.set_blocking(read, False)
+    try:
+        os.read(read, 9)
+    except BlockingIOError:
+        pass
+    os.set_blocking(read, True)
+print(*steps)
+"""
+
+
+@pytest.mark.requirement("G-7")
+def test_killed_at_random_instants_a_run_ends_bit_identical(tmp_path: Path) -> None:
+    """SIGKILL at a random instant of the training, again and again until a life reaches the end."""
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "whole"), str(tmp_path / "killed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    assert done.returncode == 0, done.stderr
+    steps = [int(step) for step in done.stdout.split()]
+    assert len(set(steps)) >= 3, "killed at the same step each time"
+    assert steps[-1] == NUM_WINDOWS
+    assert_identical(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
+
+
+def test_evaluation_changes_nothing_of_the_training(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    toy_trainer(tmp_path, {"evaluate_every": None}, evaluators=[]).fit()
+
+    assert_identical(outcome(tmp_path)["weights"], uninterrupted["weights"])
+
+
+@pytest.mark.requirement("F-27", "G-4", "G-6")
+def test_the_best_checkpoint_is_kept_and_is_the_model_saved(tmp_path: Path) -> None:
+    scorer = ToyScorer().train()
+    saved: dict[str, torch.Tensor] = {}
+    trainer = toy_trainer(
+        tmp_path,
+        {"evaluate_every": 1, "keep_last": 1, "best": {"metric": "loss"}},
+        scorer=scorer,
+        evaluators=[ToyEvaluator(scorer, [3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])],
+        save_model=lambda folder: saved.update({name: item.clone() for name, item in scorer.state_dict().items()}),
+    )
+    result = trainer.fit()
+
+    assert (result.best_value, result.best_step, result.stopped_early) == (1.0, 2, False)
+    folders = sorted(item.name for item in (tmp_path / "checkpoints").iterdir())
+    assert folders == ["best", "last", "step-00000002", "step-00000009"]
+    best = read(tmp_path / "checkpoints" / "best").weights
+    assert best.keys() < saved.keys()
+    for name, tensor in best.items():
+        assert torch.equal(saved[name], tensor), name
+
+
+@pytest.mark.requirement("G-1", "G-2")
+def test_early_stopping_counts_on_after_a_resume(tmp_path: Path) -> None:
+    values = [math.nan, 2.0, 2.5, 2.5, 2.5, 0.0]
+    train = {"evaluate_every": 1, "best": {"metric": "loss", "patience": 3}, "save_every": 1}
+
+    def trainer(skip: int, fail_at: int | None = None) -> tuple[Any, Watcher]:
+        scorer, watcher = ToyScorer().train(), Watcher(fail_at)
+        evaluators = [ToyEvaluator(scorer, values[skip:])]
+        return toy_trainer(tmp_path, train, scorer=scorer, evaluators=evaluators, monitors=[watcher]), watcher
+
+    broken, _ = trainer(0, fail_at=4)
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    resumed, watcher = trainer(3)
+    result: FitResult = resumed.fit()
+
+    assert watcher.events[0] == ("start", 3)
+    assert (result.progress.step, result.stopped_early) == (5, True)
+    assert (result.best_value, result.best_step) == (2.0, 2)
+    again, _ = trainer(5)
+    assert again.fit().progress.step == 5
+
+
+def test_a_metric_that_nothing_evaluates_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"train\.best: `loss` is followed, but nothing evaluates it"):
+        toy_trainer(tmp_path, {"best": {"metric": "loss"}}, evaluators=[])
+
+
+def test_a_source_of_unknown_length_is_evaluated_and_saved_at_its_end(tmp_path: Path) -> None:
+    watcher = Watcher()
+    schedule = {"schedule": {"kind": "constant"}}
+    result = toy_trainer(tmp_path, schedule, source=ToySource(endless=True), monitors=[watcher]).fit()
+
+    assert result.progress == Progress(9, None, 3.0)
+    assert watcher.events[-3:] == [("evaluation", 9), ("checkpoint", 9), ("end", 9)]
+
+
+def test_a_changed_recipe_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    toy_trainer(tmp_path).fit()
+    before = (tmp_path / "log.jsonl").read_text()
+    toy_trainer(tmp_path, {"log_every": 3, "save_every": 5, "keep_last": 9}).fit()
+
+    with pytest.raises(CheckpointError, match=r"train\.optimizer\.betas\[1\]: 0.95 -> 0.9"):
+        toy_trainer(tmp_path, {"optimizer": {"betas": (0.9, 0.9)}}).fit()
+    assert len((tmp_path / "log.jsonl").read_text()) == len(before)
+
+
+@pytest.mark.requirement("F-10")
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, source=ToySource(broken=7))
+    with pytest.raises(TrainingError) as caught:
+        trainer.fit()
+
+    step = trainer.progress.step
+    places = [(problem.file, problem.line) for problem in caught.value.problems[1:]]
+    assert ("toy.jsonl", 7) in places and len(places) == 2  # the micro-batch of two, not the window of four
+    assert f"step {step + 1}: loss is nan; the weights are untouched" in str(caught.value)
+    for parameter in trainer.scorer.parameters():
+        assert parameter.isfinite().all()
+    note = json.loads((tmp_path / "non-finite.json").read_text())
+    assert (note["step"], note["loss"]) == (step, "nan")
+    assert 7 in [sample["line"] for sample in note["samples"]]
+    assert set(note["gradients"]) == {"embedding.weight", "head.weight", "head.bias"}
+    error = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert (error["event"], error["kind"]) == ("error", "TrainingError")
+
+
+class InfiniteGradient(torch.autograd.Function):
+    """Identity with a finite value and an infinite gradient."""
+
+    @staticmethod
+    def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * math.inf
+
+
+@pytest.mark.requirement("F-10")
+def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_parameters(tmp_path: Path) -> None:
+    scorer = ToyScorer().train()
+    scorer.embedding.register_forward_hook(lambda module, inputs, output: InfiniteGradient.apply(output))
+    before = scorer.embedding.weight.detach().clone()
+
+    with pytest.raises(TrainingError) as caught:
+        toy_trainer(tmp_path, scorer=scorer).fit()
+
+    assert "gradients are not finite" in str(caught.value)
+    assert "Non-finite gradients: toy (1 of 3), first embedding.weight" in str(caught.value)
+    assert len(caught.value.problems) == 1 + 4
+    assert torch.equal(scorer.embedding.weight, before)
+
+
+def test_an_fp16_overflow_is_a_skipped_step_not_the_end(tmp_path: Path) -> None:
+    scorer, watcher = ToyScorer().train(), Watcher()
+    trainer = toy_trainer(tmp_path, scorer=scorer, monitors=[watcher])
+    trainer.runtime.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    overflow_at = {2, 3}
+    hook: list[torch.Tensor] = []
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.inf if trainer.progress.step in overflow_at else gradient
+
+    scorer.head.bias.register_hook(overflow)
+    trainer.after_step = lambda: hook.append(scorer.head.weight.detach().clone())
+    result = trainer.fit()
+
+    assert result.progress.step == NUM_WINDOWS
+    assert [record.is_skipped for record in watcher.records] == [False, False, True, True] + [False] * 5
+    assert [record.metrics["loss_scale"] for record in watcher.records[1:5]] == [1024.0, 512.0, 256.0, 256.0]
+    assert torch.equal(hook[1], hook[2]) and torch.equal(hook[2], hook[3])
+    assert not torch.equal(hook[3], hook[4])
+
+
+def test_fp16_overflows_that_no_scale_cures_stop(tmp_path: Path) -> None:
+    scorer = ToyScorer().train()
+    trainer = toy_trainer(tmp_path, scorer=scorer)
+    trainer.runtime.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-6)
+    scorer.head.bias.register_hook(lambda gradient: gradient * math.inf)
+
+    with pytest.raises(TrainingError, match="gradients are not finite"):
+        trainer.fit()
+    assert trainer.progress.step == 3  # 2^-6, 2^-7 and 2^-8 were tried
+
+
+def unreached(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    return [name for name, item in parameters.items() if item.grad is None or not item.grad.any()]
+
+
+def test_a_trainable_parameter_without_gradient_stops_the_run(tmp_path: Path) -> None:
+    scorer = ToyScorer().train()
+    scorer.unused = nn.Linear(2, 2)
+    scorer.embedding.weight.register_hook(torch.zeros_like)
+    source = ToySource()
+    windows = source.windows
+
+    # Windows of text alone would be allowed to wait for pictures.
+    def with_pictures() -> Iterator[Window]:
+        for window in windows():
+            batches = tuple(replace(batch, images=(ImageReference("a.png"),)) for batch in window.batches)
+            yield replace(window, batches=batches)
+
+    source.windows = with_pictures  # type: ignore[method-assign]
+    trainer = toy_trainer(tmp_path, source=source, scorer=scorer, gradient_check=unreached)
+    with pytest.raises(TrainingError) as caught:
+        trainer.fit()
+
+    names = [problem.key for problem in caught.value.problems]
+    assert names == ["embedding.weight", "unused.weight", "unused.bias"]
+    assert trainer.progress.step == 0
+
+
+def test_parameters_that_all_get_gradients_pass(tmp_path: Path) -> None:
+    assert toy_trainer(tmp_path, gradient_check=unreached).fit().progress.step == NUM_WINDOWS
+
+
+def test_a_source_that_lost_its_place_is_noticed(tmp_path: Path) -> None:
+    source = ToySource()
+    source.position = 1
+    with pytest.raises(TrainingError, match="window 1, the run is at step 0"):
+        toy_trainer(tmp_path, source=source).fit()
+
+
+def test_toy_batches_are_what_they_say() -> None:
+    assert toy_batch([0, 9]).input_ids.tolist() == [[0, 1, 2, 3, 4], [9, 10, 0, 1, 2]]

