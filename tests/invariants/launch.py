@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(module: str, arguments: list[str], world_size: int = 2, timeout: float = 240) -> None:
+def launch(module: str, arguments: list[str], world_size: int = 2, timeout: float = 500) -> None:
     """Run `python -m module arguments` on every rank; raises with the output of the ranks that failed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -23,7 +23,7 @@ from tests.invariants.toys import (
     toy_groups,
     toy_window,
 )
-from tests.invariants.worker import CLIPPING, LAYOUTS, REAL
+from tests.invariants.worker import CLIPPING, LAYOUTS, REAL, train
 from triptych.core.types import Progress
 from triptych.engine.optim import build_optimizer, clip_gradients, set_learning_rates
 from triptych.engine.step import run_window
@@ -93,6 +93,15 @@ def test_clipping_and_the_step_equal_one_process(
         assert relative_distance(one["clipped"], case["clipped"]) < 1e-12
         assert relative_distance(one["parameters"], case["parameters"]) < 1e-9
         assert case["is_skipped"] is False
+
+
+@pytest.mark.requirement("F-26", "F-28")
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_three_steps_equal_one_process(reports: list[Report], strategy: str, name: str) -> None:
+    expected = train("single", name, [toy_window((8,), first=first) for first in (0, 8, 16)])
+    for report in reports:
+        assert relative_distance(expected, report[f"{strategy}/{name}/trained"]) < 1e-9
 
 
 def test_fsdp_really_shards(reports: list[Report]) -> None:

@@ -79,6 +79,29 @@ def whole(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     return result
 
 
+def train(strategy: str, name: str, windows: list[Window]) -> dict[str, Tensor]:
+    """Parameters after a step for each window, as the trainer takes them."""
+    engine, scorer = runtime(strategy=strategy), ToyScorer()
+    groups = toy_groups(scorer)
+    module = engine.wrap(scorer, BLOCKS)
+    groups = bind_groups(module, groups)
+    optimizer = build_optimizer(groups, CLIPPING)
+    for window in windows:
+        run_window(module, OBJECTIVES[name], window, ToySource(), ToyReference(), engine, Progress(0, 1))
+        clip_gradients(groups, CLIPPING)
+        engine.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    return whole(dict(unwrap(module).named_parameters()))
+
+
+def rank_windows(rank: int) -> list[Window]:
+    """Three windows of the examples 0 to 23, split differently on each rank."""
+    return [
+        Window(index, 0.0, tuple(toy_batch([8 * index + item for item in part]) for part in LAYOUTS["uneven"][rank]))
+        for index in range(3)
+    ]
+
+
 def run_real(strategy: str, name: str) -> dict[str, Any]:
     """One window of a real architecture, unevenly split; activations are recomputed under FSDP2."""
     engine = runtime(strategy=strategy, activation_checkpointing=strategy == "fsdp")
@@ -151,6 +174,8 @@ def main(folder: Path) -> None:
                 report[f"{strategy}/{name}/{layout}"] = run_case(strategy, name, layout)
         for name in REAL:
             report[f"{strategy}/{name}"] = run_real(strategy, name)
+        for name in OBJECTIVES:
+            report[f"{strategy}/{name}/trained"] = train(strategy, name, rank_windows(distributed.rank()))
         report[f"{strategy}/unreached"] = run_unreached(strategy)
         report[f"{strategy}/overflow"] = run_overflow(strategy)
     report["world_size"] = distributed.world_size()

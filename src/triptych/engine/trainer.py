@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from triptych.core import distributed
@@ -81,8 +80,6 @@ class Trainer:
     """Called after every update, e.g. to clamp a temperature."""
     global_batch: int | None = None
     """Samples of a window over all ranks, for learning rates that scale with it."""
-    progress: Progress = field(init=False)
-    """Where the run is."""
 
     def __post_init__(self) -> None:
         if self.config.best and not self.evaluators:
@@ -135,8 +132,8 @@ class Trainer:
                 break
             self._step(window, start, time.perf_counter() - start)
             is_last = self.progress.step == self.progress.total
-            improved = self._evaluate() if is_last or _is_due(self.progress.step, self.config.evaluate_every) else False
-            if is_last or improved or self._should_stop or _is_due(self.progress.step, self.config.save_every):
+            improved = (is_last or self._is_due(self.config.evaluate_every)) and self._evaluate()
+            if is_last or improved or self._should_stop or self._is_due(self.config.save_every):
                 self._save()
             if self._should_stop:
                 break
@@ -187,6 +184,9 @@ class Trainer:
         self.source.report({"loss": record.loss, **record.metrics})
         for monitor in self.monitors:
             monitor.on_step(record)
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.progress.step % every == 0
 
     @property
     def _should_stop(self) -> bool:
@@ -252,7 +252,3 @@ class Trainer:
             self.save_model(self.output / "model")
         value = self._best.value if self._best else None
         return FitResult(self.progress, value, self._best_step, self._should_stop, last, self._evaluation)
-
-
-def _is_due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

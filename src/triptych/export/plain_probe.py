@@ -31,7 +31,10 @@ def main(folder: str, inputs_file: str, outputs_file: str, max_new_tokens: int) 
         text = bytes(prompt.tolist()).decode("utf-8")
         content = [{"type": "image"}, {"type": "text", "text": text}]
         rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        view = processor(text=rendered, images=Image.fromarray(picture.numpy()), return_tensors="pt")
+        # A chat template writes the beginning of the sequence itself.
+        view = processor(
+            text=rendered, images=Image.fromarray(picture.numpy()), add_special_tokens=False, return_tensors="pt"
+        )
         outputs |= {f"processor/{name}": value.contiguous() for name, value in view.items()}
     save_file(outputs, outputs_file)
 

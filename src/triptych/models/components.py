@@ -253,6 +253,21 @@ def row_inputs(
     return {"position_ids": torch.cat([plain, positions]).to(input_ids.device)}
 
 
+_LAST_POSITION_TEXT = frozenset({"siglip_text_model"})
+
+
+def fixed_text_length(config: PreTrainedConfig) -> int | None:
+    """Length that a text encoder's rows are padded to because it pools at the last position and attends to padding;
+    None for encoders that take rows of any length with a mask."""
+    return config.max_position_embeddings if config.model_type in _LAST_POSITION_TEXT else None
+
+
+def tower_family(config: PreTrainedConfig) -> Literal["siglip", "clip"] | None:
+    """The family whose image processor a vision tower usually gets; None where it is not known."""
+    families: Mapping[str, Literal["siglip", "clip"]] = {"siglip_vision_model": "siglip", "clip_vision_model": "clip"}
+    return families.get(config.model_type)
+
+
 _LOGIT_FIELDS: Mapping[str, float | None] = {
     "final_logit_softcapping": None,
     "logit_scale": None,

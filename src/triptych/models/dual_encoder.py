@@ -32,7 +32,7 @@ from triptych.core.config import Config
 from triptych.core.errors import ModelError, Problem
 from triptych.core.protocols import PictureProcessor
 from triptych.core.types import Batch, Scores
-from triptych.models.components import Components, check_coverage, find_layers
+from triptych.models.components import Components, check_coverage, find_layers, fixed_text_length
 from triptych.models.connectors.initialise import initialise_linear
 from triptych.models.towers import (
     TextConfig,
@@ -49,9 +49,6 @@ from triptych.models.tuning import eval_frozen
 
 HEADS_FILE = "heads.safetensors"
 """Holds `logit_bias` where the model class has no place for it."""
-
-LAST_POSITION_TEXT = frozenset({"siglip_text_model"})
-"""Text encoders that pool at the last position of a row padded to full length, padding being attended to."""
 
 
 class TemperatureConfig(Config):
@@ -149,7 +146,7 @@ class DualEncoderScorer(nn.Module):
         self.components = components
         self.max_scale = max_scale
         text = hf.config.text_config
-        self.text_length = text.max_position_embeddings if text.model_type in LAST_POSITION_TEXT else None
+        self.text_length = fixed_text_length(text)
         self.pad_token_id = text.pad_token_id or 0
 
     def forward(self, batch: Batch) -> Scores:
@@ -157,7 +154,7 @@ class DualEncoderScorer(nn.Module):
 
         Returns:
             `image_embeddings` and `text_embeddings` [R, D], not normalised, `logit_scale` 0-d and, where the model has
-            one, `logit_bias` 0-d; all float32.
+            one, `logit_bias` 0-d; in float32, or float64 for a float64 model.
 
         Raises:
             ModelError: a row does not have exactly one picture, pixels are missing, or a caption is too long.
@@ -192,7 +189,7 @@ class DualEncoderScorer(nn.Module):
 
     def embed_images(self, pixels: Mapping[str, Tensor]) -> Tensor:
         """Embeddings [N, D] float32 of N pictures, each computed once however many captions it has."""
-        return self.hf.get_image_features(**pixels, return_dict=True).pooler_output.float()
+        return _at_least_float32(self.hf.get_image_features(**pixels, return_dict=True).pooler_output)
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embeddings [R, D] float32 of right-padded captions, `input_ids` and `attention_mask` [R, L].
@@ -212,13 +209,18 @@ class DualEncoderScorer(nn.Module):
             padded = input_ids.new_full((rows, self.text_length), self.pad_token_id)
             padded[:, :length] = torch.where(attention_mask.bool(), input_ids, self.pad_token_id)
             inputs = {"input_ids": padded}
-        return self.hf.get_text_features(**inputs, return_dict=True).pooler_output.float()
+        return _at_least_float32(self.hf.get_text_features(**inputs, return_dict=True).pooler_output)
 
     def scale_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """The bounded scale exp(logit_scale), and the bias or None; 0-d float32."""
         bound_scale(self.hf, self.max_scale)
         bias = _bias(self.hf)
         return self.hf.logit_scale.float().reshape(()).exp(), None if bias is None else bias.float().reshape(())
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision is too coarse to rank similarities by; float64 models stay exact."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def bound_scale(model: PreTrainedModel, max_scale: float) -> None:

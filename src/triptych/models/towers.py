@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from triptych.core.config import Config, did_you_mean
 from triptych.core.errors import ModelError
+from triptych.models.components import tower_family
 
 PACKAGE = "package:"
 
@@ -323,12 +324,13 @@ def _default_image_processor(config: PreTrainedConfig) -> Any:
     size = config.image_size
     square = {"height": size, "width": size}
     processors = {
-        "siglip_vision_model": lambda: SiglipImageProcessorPil(size=square),
-        "clip_vision_model": lambda: CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square),
+        "siglip": lambda: SiglipImageProcessorPil(size=square),
+        "clip": lambda: CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square),
     }
-    if config.model_type not in processors:
+    family = tower_family(config)
+    if family is None:
         raise ModelError(
             f"no image processor is known for a random tower of type `{config.model_type}`",
-            remedy=did_you_mean(config.model_type, processors),
+            remedy="use `model_type: siglip_vision_model` or `clip_vision_model`",
         )
-    return processors[config.model_type]()
+    return processors[family]()

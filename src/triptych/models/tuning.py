@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import cast_adapter_dtype
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -104,25 +105,23 @@ class TuningPlan:
         return tuple(row.rule.match for row in self.rows if isinstance(row.rule, FullRule))
 
     def table(self) -> Table:
-        """The plan for reading, one line a rule; the caption is the trainable-parameter line."""
-        table = Table(title="Tuning plan", caption=str(self.count), caption_justify="left")
-        for heading in ("rule", "match", "component", "method", "rank/alpha/scale", "lr", "weight decay"):
-            table.add_column(heading)
-        table.add_column("trainable / parameters", justify="right")
+        """The plan for reading on 80 columns, one line a rule; the caption is the trainable-parameter line."""
+        table = Table(title="Tuning plan", caption=str(self.count), caption_justify="left", box=SIMPLE_HEAD, padding=0)
+        table.add_column("", justify="right")
+        table.add_column("match", overflow="fold")
+        table.add_column("method", overflow="fold")
+        for heading in ("lr", "decay", "trained", "of"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
-            lora = ""
-            if isinstance(row.rule, LoraRule):
-                lora = f"{row.rule.rank}/{row.rule.effective_alpha}/{row.rule.scale:g}"
             table.add_row(
                 str(row.number),
                 # Rich reads square brackets as markup; layer ranges need them literally.
                 row.rule.match.replace("[", r"\["),
-                ", ".join(row.components),
-                row.rule.method,
-                lora,
+                _describe(row.rule),
                 "" if row.lr is None else f"{row.lr:g}",
                 "" if row.weight_decay is None else f"{row.weight_decay:g}",
-                f"{row.count.trainable:,} / {row.count.total:,}",
+                f"{row.count.trainable:,}",
+                f"{row.count.total:,}",
             )
         return table
 
@@ -154,7 +153,7 @@ def apply_tuning(
             f"the model already has the adapters {', '.join(present)}; a second plan would nest new ones inside them",
             remedy="apply one plan to a freshly loaded model, or call merge_adapters first",
         )
-    owner = _assign(model, components, rules)
+    owner = assign_rules(model, components, rules)
     targets = _find_targets(model, components, rules, owner)
     adapters = _name_adapters(rules)
     for name, rule in adapters.items():
@@ -221,7 +220,7 @@ class _Outcome:
     default_weight_decay: float
 
 
-def _assign(model: nn.Module, components: Components, rules: Sequence[TuningRule]) -> dict[int, int]:
+def assign_rules(model: nn.Module, components: Components, rules: Sequence[TuningRule]) -> dict[int, int]:
     """id(parameter) -> index of the first rule that matches it, whichever of its names (tied weights) was meant."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owner: dict[int, int] = {}
@@ -315,13 +314,13 @@ def _find_targets(
             embedding = model.get_submodule(components.embeddings)
             if index != token_rules[0]:
                 message, remedy = "is the second with `train_tokens`", "give all token ids in one rule"
-            elif owner[id(embedding.weight)] != index:
-                other = owner[id(embedding.weight)]
+            elif isinstance(rules[other := owner[id(embedding.weight)]], FullRule):
+                # Under a frozen rule all other rows stay as they are; a fully trained matrix cannot be wrapped.
                 message = (
-                    f"has `train_tokens`, but `{components.embeddings}` falls to rule {other + 1} "
-                    f"`{rules[other].match}`"
+                    f"has `train_tokens`, but rule {other + 1} `{rules[other].match}` trains all rows of "
+                    f"`{components.embeddings}`"
                 )
-                remedy = "put `train_tokens` into a LoRA rule that matches the embedding, e.g. `language`"
+                remedy = "leave out `train_tokens`"
         if message:
             text = f"rule {index + 1} `{rule.match}` {message}"
             problems.append(Problem(text, key=f"tuning[{index}]", remedy=remedy))
@@ -468,6 +467,14 @@ def _groups(
         ParameterGroup(label if len(split) == 1 else f"{component}:{label}", component, items, lr, weight_decay)
         for component, items in split.items()
     ]
+
+
+def _describe(rule: TuningRule) -> str:
+    """The method with its setting, e.g. `lora rank 8 alpha 16 scale 2, 4 tokens`."""
+    if not isinstance(rule, LoraRule):
+        return rule.method
+    text = f"lora rank {rule.rank} alpha {rule.effective_alpha} scale {rule.scale:g}"
+    return text + (f", {len(rule.train_tokens)} tokens" if rule.train_tokens else "")
 
 
 def _module_of(name: str) -> str:

@@ -25,6 +25,8 @@ from triptych.stages.recipe import StageRecipe
 
 FINISHED = "finished.json"
 """Written last; a pipeline skips a stage whose folder has it."""
+RECIPE = "recipe.yaml"
+"""The recipe of a run with every default filled in."""
 
 
 def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTree, *, dry_run: bool = False) -> None:
@@ -39,17 +41,17 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
         return
     output = Path(recipe.output)
     console.print(built.plan.table())
-    if is_main():
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.yaml").write_text(
-            yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+    is_new = not has_checkpoint(output)
+    if is_main() and is_new:
+        # With a checkpoint, the recipe may be another one, which is refused below: it must not replace the file.
+        write_recipe(recipe, output)
     barrier()
     trainer = make_trainer(recipe, built, runtime, output)
-    if is_main() and trainer.progress.step == 0:
+    if is_main() and is_new:
         built.show_answers("before training")
     result = trainer.fit()
     if is_main():
+        write_recipe(recipe, output)
         built.show_answers("after training")
         summary = {"steps": result.progress.step, "best_step": result.best_step, "evaluation": dict(result.evaluation)}
         (output / FINISHED).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -57,6 +59,18 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
         console.print(f"{name}: {value:.4g}")
     console.print(f"model: {output / 'model'}", soft_wrap=True)
     runtime.close()
+
+
+def has_checkpoint(output: Path) -> bool:
+    """Whether a run in this folder has something to resume from."""
+    return any((output / "checkpoints").glob("step-*"))
+
+
+def write_recipe(recipe: StageRecipe, output: Path) -> None:
+    """Write the resolved recipe into the folder of the run, where `export` finds it."""
+    output.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True)
+    (output / RECIPE).write_text(text, encoding="utf-8")
 
 
 def make_trainer(recipe: StageRecipe, built: Built, runtime: Runtime, output: Path) -> Trainer:

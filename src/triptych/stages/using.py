@@ -30,7 +30,7 @@ from triptych.stages.build import open_datasets
 from triptych.stages.pipeline import STAGES, find_stage
 from triptych.stages.recipe import VlmRecipe
 from triptych.stages.saving import write_model
-from triptych.stages.vlm import build_vlm, make_answering, make_encoder, read_samples
+from triptych.stages.vlm import build_vlm, make_answering, make_encoder, read_samples, template_name
 
 MAX_CONTEXT = 8192
 """Longest conversation in tokens where the model names no limit."""
@@ -52,7 +52,7 @@ def load_for_use(folder: Path) -> LoadedVlm:
 def answering_of(loaded: LoadedVlm, max_new_tokens: int, batch: int = 16) -> Answering:
     """A loaded model as something that answers, in its own chat template."""
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", MAX_CONTEXT)
-    return make_answering(loaded, make_encoder(loaded, "model", limit), max_new_tokens, batch)
+    return make_answering(loaded, make_encoder(loaded, template_name(loaded), limit), max_new_tokens, batch)
 
 
 def evaluate_answers(
@@ -204,7 +204,7 @@ def check_parity(loaded: LoadedVlm, folder: Path, max_new_tokens: int = 12) -> P
     pixels = np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
     question = "What is in the picture?"
-    encoder = make_encoder(loaded, "model", MAX_CONTEXT)
+    encoder = make_encoder(loaded, template_name(loaded), MAX_CONTEXT)
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
     reference = ImageReference(data=encoded.getvalue(), name="probe")

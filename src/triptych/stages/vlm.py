@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -12,9 +12,12 @@ from rich.table import Table
 from triptych.core.types import Sample
 from triptych.data.formats import Dataset
 from triptych.data.images import decode
+from triptych.data.segments import added_bos
 from triptych.data.tokenize import ConversationEncoder
 from triptych.evaluation.answers import Answering
+from triptych.models.chat_templates import CHAT_TEMPLATES, chat_template
 from triptych.models.load import LoadedVlm, load_vlm
+from triptych.models.new_tokens import cover_new_tokens, untrained_tokens
 from triptych.models.tuning import TuningPlan, apply_tuning
 from triptych.models.vlm import VlmScorer
 from triptych.stages.build import open_datasets, torch_dtype
@@ -38,14 +41,51 @@ class Vlm:
 def build_vlm(recipe: VlmRecipe) -> Vlm:
     """Load or compose the model and apply the tuning plan; the same recipe and seed give the same weights."""
     loaded = load_vlm(recipe.model, dtype=torch_dtype(recipe.dtype))
-    plan = apply_tuning(loaded.model, loaded.components, recipe.tuning, recipe.lr, recipe.weight_decay)
+    if recipe.template != "model":
+        loaded = with_template(loaded, recipe.template)
+    encoder = make_encoder(loaded, recipe.template, recipe.max_length)
+    stop_at(loaded, encoder.stop_ids)
+    rules = cover_new_tokens(loaded.model, loaded.components, recipe.tuning, untrained_tokens(loaded))
+    plan = apply_tuning(loaded.model, loaded.components, rules, recipe.lr, recipe.weight_decay)
     scorer = VlmScorer(loaded.model, loaded.components, pictures=loaded.pictures)
-    return Vlm(loaded, plan, scorer, make_encoder(loaded, recipe.template, recipe.max_length))
+    return Vlm(loaded, plan, scorer, encoder)
+
+
+def with_template(loaded: LoadedVlm, name: str) -> LoadedVlm:
+    """The model with the chat template of a built-in template, which is saved along with it.
+
+    Raises:
+        ModelError: there is no template of this name.
+    """
+    template = chat_template(name, loaded.pictures.placeholder, added_bos(loaded.tokenizer))
+    loaded.tokenizer.chat_template = template
+    return replace(loaded, template=template)
+
+
+def template_name(loaded: LoadedVlm) -> str:
+    """The built-in template that a model was saved with, or `model` for any other.
+
+    The built-in one is the same text, split into segments by what wrote it instead of by rendering marks; `plain`,
+    which leaves words out, can be used in no other way.
+    """
+    begin = added_bos(loaded.tokenizer)
+    for name in CHAT_TEMPLATES:
+        if loaded.template == chat_template(name, loaded.pictures.placeholder, begin):
+            return name
+    return "model"
+
+
+def stop_at(loaded: LoadedVlm, stop_ids: Iterable[int]) -> None:
+    """Let plain `generate` stop, also after saving, at the tokens that end an answer in training."""
+    generation = loaded.model.generation_config
+    known = generation.eos_token_id
+    present = [] if known is None else [known] if isinstance(known, int) else list(known)
+    ids = list(dict.fromkeys([*present, *stop_ids]))
+    generation.eos_token_id = ids[0] if len(ids) == 1 else ids
 
 
 def make_encoder(loaded: LoadedVlm, template: str, max_length: int) -> ConversationEncoder:
     """The encoder of a loaded model."""
-    loaded.tokenizer.chat_template = loaded.template
     return ConversationEncoder(loaded.tokenizer, template, loaded.pictures, max_length)
 
 

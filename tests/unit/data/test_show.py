@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 
 import pytest
@@ -21,9 +22,10 @@ def draw(example: Example, colour: bool = False) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@functools.cache
 def encoder() -> ConversationEncoder:
     tokenizer = with_tokens("smollm2")
-    return ConversationEncoder(tokenizer, "vicuna_v1", FakePictures(tokenizer), 999, lambda _: (336, 336))
+    return ConversationEncoder(tokenizer, "vicuna_v1", FakePictures(tokenizer), 1999, lambda _: (336, 336))
 
 
 SYSTEM = say("system", "Hi.")

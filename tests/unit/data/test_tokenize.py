@@ -46,10 +46,12 @@ def row(example: Example, branch: int = 0) -> dict[str, list[Any]]:
     }
 
 
-def tokenise_whole(tokenizer: Any, segments: list[Segment]) -> list[int]:
+def tokenise_whole(
+    tokenizer: Any, segments: list[Segment], known: dict[ImageReference, tuple[int, int]] = SIZES
+) -> list[int]:
     """What the tokenizer makes of the rendered text, each placeholder then replaced by its picture's tokens."""
     text = "".join(segment.text for segment in segments)
-    sizes = iter([SIZES[segment.image] for segment in segments if segment.image])
+    sizes = iter([known[segment.image] for segment in segments if segment.image])
     image_id = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
     ids: list[int] = []
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:

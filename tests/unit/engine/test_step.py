@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 import weakref
 from dataclasses import dataclass, field, replace
@@ -159,7 +158,6 @@ def test_pixels_are_gone_before_the_next_micro_batch() -> None:
 
     class Watching(ToySource):
         def attach(self, batch: Batch) -> Batch:
-            gc.collect()
             held.append(sum(reference() is not None for reference in alive))
             batch = super().attach(batch)
             self.attached.clear()

@@ -23,6 +23,7 @@ class ConsoleConfig(Config):
     """Show the progress on the terminal; plain lines where the output is not one."""
 
     kind: Literal["console"] = "console"
+    """Selects this monitor."""
     window: int = Field(default=100, ge=1)
     """Steps that the running loss and the speeds are taken over."""
 

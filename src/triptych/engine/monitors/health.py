@@ -24,6 +24,7 @@ class HealthConfig(Config):
     """Warn about losses and gradients that look wrong."""
 
     kind: Literal["health"] = "health"
+    """Selects this monitor."""
     spike: float = Field(default=3.0, gt=1)
     """A loss above this many times its running mean is a spike."""
     warmup: int = Field(default=20, ge=1)

@@ -18,6 +18,7 @@ class JsonlConfig(Config):
     """Write every step, evaluation and checkpoint to a JSON Lines file."""
 
     kind: Literal["jsonl"] = "jsonl"
+    """Selects this monitor."""
     file: str = "log.jsonl"
     """Name inside the output folder."""
 

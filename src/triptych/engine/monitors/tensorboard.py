@@ -18,6 +18,7 @@ class TensorBoardConfig(Config):
     """Write scalars for TensorBoard."""
 
     kind: Literal["tensorboard"] = "tensorboard"
+    """Selects this monitor."""
     folder: str = "tensorboard"
     """Name inside the output folder."""
 

@@ -1,0 +1,335 @@
+"""Windows: which rows, in which order, on which rank, before and after a resume."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from tests.fake_pictures import FakePictures
+from triptych.core.errors import CheckpointError, DataError
+from triptych.core.types import IGNORE, Batch, Branch, Example, ImageReference, Message, Origin, Sample, Text, Window
+from triptych.data.images import read_size
+from triptych.data.loader import Loader, LoaderConfig
+from triptych.data.mixture import Mixture
+
+
+class Numbers:
+    """Rows whose only content is their number; those named broken cannot be read."""
+
+    def __init__(self, name: str, size: int, broken: tuple[int, ...] = (), picture: Path | None = None) -> None:
+        self.name, self.size, self.broken, self.picture = name, size, broken, picture
+
+    def __len__(self) -> int:
+        return self.size
+
+    def origin(self, index: int) -> Origin:
+        return Origin(self.name, index + 1)
+
+    def sample(self, index: int) -> Sample:
+        if index in self.broken:
+            raise DataError("broken row", file=self.name, line=index + 1)
+        parts: list[Any] = [Text(str(index))]
+        if self.picture is not None and index % 2 == 0:
+            parts.append(ImageReference(path=str(self.picture), name=self.picture.name))
+        return Sample((Message("user", tuple(parts)),), self.origin(index), task=self.name)
+
+
+def encode(sample: Sample) -> Example:
+    """Two tokens: 1, then 10 + the row number."""
+    token = torch.tensor([10 + int(sample.messages[0].text)])
+    one = torch.ones(1)
+    return Example(
+        trunk=Branch(
+            torch.tensor([1]), torch.tensor([IGNORE]), one.to(torch.uint8), one, tuple(range(len(sample.images)))
+        ),
+        branches=(Branch(token, token, torch.full((1,), 5, dtype=torch.uint8), one),),
+        images=sample.images,
+        image_sizes=tuple(read_size(reference) for reference in sample.images),
+        origin=sample.origin,
+        task=sample.task,
+    )
+
+
+class NoTokenizer:
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return 0
+
+
+PICTURES = FakePictures(NoTokenizer(), size=2)
+
+
+def make(datasets: list[Numbers], rank: int = 0, world_size: int = 1, **config: Any) -> Loader:
+    options: dict[str, Any] = {"global_batch": 4, "micro_batch": 2, "epochs": 2, "seed": 3, "prefetch": 0} | config
+    mixture = Mixture([len(item) for item in datasets], [None] * len(datasets), options["seed"])
+    return Loader(datasets, mixture, encode, PICTURES, LoaderConfig(**options), rank, world_size)
+
+
+def rows(window: Window) -> list[str]:
+    """`file:line` of the rows of a window that count."""
+    return [f"{item.file}:{item.line}" for batch in window.batches if not batch.is_padding for item in batch.origins]
+
+
+def shapes(windows: Iterator[Window] | list[Window]) -> list[list[int]]:
+    return [[batch.num_rows for batch in window.batches] for window in windows]
+
+
+DATA = [Numbers("a", 6), Numbers("b", 4)]
+
+
+@pytest.mark.requirement("A-33")
+def test_an_epoch_holds_every_row_once_and_its_last_window_is_smaller() -> None:
+    loader = make(DATA)
+    windows = list(loader.windows())
+    assert loader.total_windows == 6
+    assert shapes(windows) == [[2, 2], [2, 2], [2]] * 2
+    first = [row for window in windows[:3] for row in rows(window)]
+    second = [row for window in windows[3:] for row in rows(window)]
+    assert sorted(first) == sorted(second) == sorted([f"a:{i}" for i in range(1, 7)] + [f"b:{i}" for i in range(1, 5)])
+    assert first != second
+    assert [window.index for window in windows] == list(range(6))
+    assert [window.epoch for window in windows] == [0.4, 0.8, 1.0, 1.4, 1.8, 2.0]
+
+
+@pytest.mark.requirement("A-33")
+def test_the_order_is_that_of_the_mixture() -> None:
+    mixture = Mixture([6, 4], [None, None], 3)
+    drawn = [mixture.draw(position) for position in range(20)]
+    loaded = [row for window in make(DATA).windows() for row in rows(window)]
+    assert loaded == [f"{'ab'[dataset]}:{row + 1}" for dataset, row in drawn]
+
+
+@pytest.mark.parametrize(
+    ("length", "total"),
+    [({"epochs": 1}, 3), ({"epochs": 0.5}, 2), ({"epochs": 1.5}, 5), ({"epochs": None, "steps": 7}, 7)],
+)
+def test_the_length_of_a_run(length: dict[str, Any], total: int) -> None:
+    loader = make(DATA, **length)
+    assert loader.total_windows == total
+    assert len(list(loader.windows())) == total
+
+
+def test_exactly_one_length_must_be_given() -> None:
+    with pytest.raises(ValidationError, match="exactly one of"):
+        LoaderConfig(global_batch=1, micro_batch=1)
+    with pytest.raises(ValidationError, match="exactly one of"):
+        LoaderConfig(global_batch=1, micro_batch=1, epochs=1, steps=1)
+
+
+@pytest.mark.requirement("A-33")
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_shares_of_the_ranks_join_to_the_windows_of_one_process(world_size: int) -> None:
+    whole = [rows(window) for window in make(DATA).windows()]
+    ranks = [list(make(DATA, rank, world_size).windows()) for rank in range(world_size)]
+    joined = [[row for window in shares for row in rows(window)] for shares in zip(*ranks, strict=True)]
+    assert joined == whole
+    for shares in zip(*ranks, strict=True):
+        sizes = [len(rows(window)) for window in shares]
+        assert max(sizes) - min(sizes) <= 1
+        assert len({len(window.batches) for window in shares}) == 1
+        assert all(window.batches for window in shares)
+
+
+def test_a_rank_without_rows_gets_a_batch_that_counts_nothing() -> None:
+    last = list(make(DATA, rank=0, world_size=4, epochs=1).windows())[-1]  # 2 rows for 4 ranks
+    assert rows(last) == []
+    assert [batch.is_padding for batch in last.batches] == [True]
+    assert last.batches[0].weights.sum() == 0
+    assert last.batches[0].num_rows == 1
+
+
+@pytest.mark.requirement("A-33")
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+@pytest.mark.parametrize("done", range(7))
+def test_resuming_after_any_window_continues_with_the_same_windows(done: int, prefetch: int) -> None:
+    whole = list(make(DATA).windows())
+    loader = make(DATA, prefetch=prefetch)
+    taken = list(itertools.islice(loader.windows(), done))
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = make(DATA, prefetch=prefetch)
+    resumed.load_state_dict(state)
+    assert_equal([*taken, *resumed.windows()], whole)
+
+
+def test_the_ranks_may_change_on_resume_but_not_the_data() -> None:
+    loader = make(DATA)
+    next(loader.windows())
+    state = loader.state_dict()
+    halves = [make(DATA, rank, 2, micro_batch=1) for rank in range(2)]
+    for half in halves:
+        half.load_state_dict(state)
+    joined = [
+        [row for window in pair for row in rows(window)] for pair in zip(*(h.windows() for h in halves), strict=True)
+    ]
+    assert joined == [rows(window) for window in itertools.islice(make(DATA).windows(), 1, None)]
+    for changed, name in (({"seed": 4}, "seed"), ({"global_batch": 5}, "global_batch")):
+        with pytest.raises(CheckpointError, match=f"made with {name}"):
+            make(DATA, **changed).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="made with rows"):
+        make([Numbers("a", 6), Numbers("b", 5)]).load_state_dict(state)
+
+
+def assert_equal(left: list[Window], right: list[Window]) -> None:
+    assert [(w.index, w.epoch, w.skipped, len(w.batches)) for w in left] == [
+        (w.index, w.epoch, w.skipped, len(w.batches)) for w in right
+    ]
+    for mine, other in zip(left, right, strict=True):
+        for batch, expected in zip(mine.batches, other.batches, strict=True):
+            assert batch.origins == expected.origins
+            assert torch.equal(batch.input_ids, expected.input_ids)
+            assert torch.equal(batch.labels, expected.labels)
+            assert torch.equal(batch.weights, expected.weights)
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "red.png"
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(path)
+    return path
+
+
+RED = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 2, 2)
+
+
+@pytest.mark.requirement("A-5", "A-32")
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_pixels_come_with_attach_and_text_rows_mix_in(picture: Path, prefetch: int) -> None:
+    loader = make([Numbers("a", 6, picture=picture), Numbers("b", 4)], prefetch=prefetch, epochs=1)
+    seen = 0
+    for window in loader.windows():
+        for batch in window.batches:
+            assert batch.pixels is None
+            attached = loader.attach(batch)
+            if not batch.images:
+                assert attached.pixels is None
+                continue
+            seen += len(batch.images)
+            assert attached.pixels is not None
+            assert attached.pixels["pixel_values"].shape == (len(batch.images), 3, 2, 2)
+            assert torch.equal(attached.pixels["pixel_values"][0], RED)
+    assert seen == 3
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_passes_copies_and_new_iterations_get_their_own_pixels(tmp_path: Path, prefetch: int) -> None:
+    """Each row has a picture whose red value is its number: pixels must follow the rows through every kind of use."""
+
+    class Reds(Numbers):
+        def sample(self, index: int) -> Sample:
+            path = tmp_path / f"{index}.png"
+            Image.new("RGB", (2, 2), (index, 0, 0)).save(path)
+            message = Message("user", (Text(str(index)), ImageReference(path=str(path))))
+            return Sample((message,), self.origin(index))
+
+    def check(loader: Loader, batch: Batch) -> None:
+        pixels = loader.attach(batch).pixels
+        assert pixels is not None
+        reds = (pixels["pixel_values"][:, 0, 0, 0] * 255).round().long()
+        assert reds.tolist() == (batch.input_ids[:, 1] - 10).tolist()
+
+    loader = make([Reds("a", 9)], prefetch=prefetch, epochs=2)
+    for window in itertools.islice(loader.windows(), 3):
+        for _ in range(2):
+            for batch in window.batches:
+                check(loader, batch)
+        check(loader, replace(window.batches[-1], is_padding=True))
+        check(loader, window.batches[0])
+    for window in loader.windows():  # a new iteration, while pixels of another window may still be in the making
+        for batch in reversed(window.batches):
+            check(loader, batch)
+
+
+def test_a_picture_that_breaks_when_decoded_names_its_row(picture: Path) -> None:
+    loader = make([Numbers("a", 2, picture=picture)], epochs=1)
+    window = next(loader.windows())
+    picture.write_bytes(picture.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"a:1.*red.png"):
+        loader.attach(window.batches[0])
+
+
+# -- bad rows ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_bad_row_stops_the_run(prefetch: int) -> None:
+    loader = make([Numbers("a", 6, broken=(2,))], prefetch=prefetch)
+    with pytest.raises(DataError, match="a:3: broken row"):
+        list(loader.windows())
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_skipped_row_is_listed_and_nothing_takes_its_place(tmp_path: Path, prefetch: int) -> None:
+    report = tmp_path / "logs" / "skipped.jsonl"
+    data = [Numbers("a", 6, broken=(2,)), Numbers("b", 4)]
+    loader = make(data, prefetch=prefetch, epochs=1, on_bad_row="skip", report=report)
+    windows = list(loader.windows())
+    assert [item for window in windows for item in window.skipped] == [Origin("a", 3)]
+    whole = [rows(window) for window in make(DATA, epochs=1).windows()]
+    assert [rows(window) for window in windows] == [[row for row in window if row != "a:3"] for window in whole]
+    assert [json.loads(line) for line in report.read_text().splitlines()] == [
+        {"file": "a", "line": 3, "message": "broken row"}
+    ]
+
+
+def test_skipping_finds_pictures_that_open_but_do_not_decode(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:900])
+    assert read_size(ImageReference(path=str(path))) == (64, 64)
+    loader = make([Numbers("a", 4, picture=path)], epochs=1, on_bad_row="skip")
+    (window,) = loader.windows()
+    assert sorted(rows(window)) == ["a:2", "a:4"]
+    assert sorted(str(item) for item in window.skipped) == ["a:1", "a:3"]
+
+
+def test_a_window_of_bad_rows_alone_still_has_a_batch() -> None:
+    loader = make([Numbers("a", 2, broken=(0, 1))], epochs=1, on_bad_row="skip")
+    (window,) = loader.windows()
+    assert [batch.is_padding for batch in window.batches] == [True]
+    assert len(window.skipped) == 2
+
+
+# -- the background ----------------------------------------------------------------------------------------------------
+
+
+def test_work_ahead_does_not_count_as_yielded() -> None:
+    loader = make(DATA, prefetch=4)
+    iterator = loader.windows()
+    next(iterator)
+    assert loader.state_dict()["windows"] == 1
+    iterator.close()  # type: ignore[attr-defined]
+
+
+def test_the_next_window_is_prepared_while_one_is_used() -> None:
+    prepared = threading.Event()
+
+    class Signal(Numbers):
+        calls = 0
+
+        def sample(self, index: int) -> Sample:
+            self.calls += 1
+            if self.calls == 8:
+                prepared.set()
+            return super().sample(index)
+
+    iterator = make([Signal("a", 12)], prefetch=1).windows()
+    next(iterator)
+    assert prepared.wait(timeout=10)
+
+
+def test_reports_change_nothing() -> None:
+    loader = make(DATA)
+    loader.report({"loss": 1.0})
+    assert loader.state_dict()["windows"] == 0
