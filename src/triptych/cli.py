@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,15 @@ Overrides = Annotated[
 Model = Annotated[Path, typer.Argument(help="Folder of a trained model.", show_default=False)]
 
 
+def _quiet() -> None:
+    """Keep what libraries say for developers off the terminal: bars for each file, hints at optional kernels."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 @app.command()
 def train(
     recipe: Recipe,
@@ -36,6 +46,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Run a recipe or a pipeline; resumes by itself."""
+    _quiet()
     from triptych.stages.pipeline import train as run
 
     run(recipe, overrides or [], dry_run=dry_run)
@@ -48,6 +59,7 @@ def check(
     samples: Annotated[int, typer.Option(help="Rows to show with their token weights.")] = 1,
 ) -> None:
     """Read every row and decode every picture; show token weights and what trains. Exit 1 on errors."""
+    _quiet()
     from triptych.stages.checking import check as run
 
     if not run(recipe, overrides or [], samples=samples):
@@ -65,6 +77,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
 ) -> None:
     """Answer the questions of a data file and score the answers (exact match by task)."""
+    _quiet()
     from triptych.stages.using import evaluate_answers
 
     evaluate_answers(model, data, images, format, output, limit, max_new_tokens)
@@ -79,6 +92,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
 ) -> None:
     """Talk with a model about a picture; `/image PATH` adds one, `/reset` starts over, `/exit` leaves."""
+    _quiet()
     from triptych.stages.using import chat_in_terminal
 
     del terminal
@@ -92,6 +106,7 @@ def export(
     checkpoint: Annotated[str, typer.Option(help="best, last, or the name of a checkpoint folder.")] = "best",
 ) -> None:
     """Merge adapters, save a Hugging Face folder, and verify it by reloading with plain transformers."""
+    _quiet()
     from triptych.stages.using import export_run
 
     export_run(run, output, checkpoint)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text as RichText
@@ -90,7 +91,11 @@ class CheckReport:
 
     def render(self, most: int = 50) -> RenderableType:
         """Rich tables: data sets, tasks, token lengths, and the first `most` findings, errors first."""
-        parts: list[RenderableType] = [_datasets_table(self.summary), _tasks_table(self.summary)]
+        parts: list[RenderableType] = [_places(self.summary), _datasets_table(self.summary)]
+        if any(item.lengths for item in self.summary):
+            parts.append(_tokens_table(self.summary))
+        if any(task for item in self.summary for task, _ in item.tasks):
+            parts.append(_tasks_table(self.summary))
         parts += [_histogram(item) for item in self.summary if item.lengths]
         ordered = sorted(self.findings, key=lambda finding: finding.level)
         parts += [_finding_line(finding) for finding in ordered[:most]]
@@ -312,27 +317,44 @@ def summarise_lengths(lengths: Sequence[int]) -> LengthSummary:
     )
 
 
+def _places(summary: Sequence[DatasetSummary]) -> RichText:
+    """Number and full path of each data set; left whole on narrow terminals, so that it can be copied."""
+    lines = [f"{number}  {item.name}" for number, item in enumerate(summary, 1)]
+    return RichText("\n".join(lines), no_wrap=True, overflow="ignore")
+
+
+def _short(number: int, item: DatasetSummary) -> str:
+    return f"{number}  {Path(item.name).name}"
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column(first, overflow="fold")
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
 def _datasets_table(summary: Sequence[DatasetSummary]) -> Table:
-    table = Table(title="Data sets", title_justify="left")
-    table.add_column("data set", overflow="fold")
-    headings = ("samples", "broken", "text only", "pictures", "different", "p50", "p95", "p99", "max", "supervised")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for item in summary:
+    table = _table("Data sets", "data set", "samples", "broken", "text only", "pictures", "different")
+    for number, item in enumerate(summary, 1):
         counts = (item.samples, item.broken, item.text_only, item.pictures, item.different_pictures)
-        tokens = ["-"] * 5
+        table.add_row(_short(number, item), *map(str, counts))
+    return table
+
+
+def _tokens_table(summary: Sequence[DatasetSummary]) -> Table:
+    table = _table("Tokens of a row", "data set", "rows", "p50", "p95", "p99", "max", "supervised")
+    for number, item in enumerate(summary, 1):
         if item.lengths:
             lengths = item.lengths
-            tokens = [str(value) for value in (lengths.p50, lengths.p95, lengths.p99, lengths.longest)]
-            tokens.append(f"{item.supervised_share:.1%}")
-        table.add_row(item.name, *map(str, counts), *tokens)
+            counts = (lengths.rows, lengths.p50, lengths.p95, lengths.p99, lengths.longest)
+            table.add_row(_short(number, item), *map(str, counts), f"{item.supervised_share:.1%}")
     return table
 
 
 def _tasks_table(summary: Sequence[DatasetSummary]) -> Table:
-    table = Table(title="Tasks", title_justify="left")
-    table.add_column("task")
-    table.add_column("samples", justify="right")
+    table = _table("Tasks", "task", "samples")
     totals: Counter[str] = Counter()
     for item in summary:
         totals.update(dict(item.tasks))
@@ -343,7 +365,8 @@ def _tasks_table(summary: Sequence[DatasetSummary]) -> Table:
 
 def _histogram(item: DatasetSummary) -> Table:
     assert item.lengths is not None
-    table = Table(title=f"Token lengths of {item.name}", title_justify="left", show_header=False, box=None)
+    title = f"Token lengths of {Path(item.name).name}"
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
     largest = max(count for _, count in item.lengths.histogram)
     for bound, count in item.lengths.histogram:
         table.add_row(

@@ -188,11 +188,11 @@ class DualEncoderScorer(nn.Module):
         self.train(self.training)
 
     def embed_images(self, pixels: Mapping[str, Tensor]) -> Tensor:
-        """Embeddings [N, D] float32 of N pictures, each computed once however many captions it has."""
+        """Embeddings [N, D], float32 or float64, of N pictures, each computed once however many captions it has."""
         return _at_least_float32(self.hf.get_image_features(**pixels, return_dict=True).pooler_output)
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embeddings [R, D] float32 of right-padded captions, `input_ids` and `attention_mask` [R, L].
+        """Embeddings [R, D], float32 or float64, of right-padded captions, `input_ids` and `attention_mask` [R, L].
 
         Raises:
             ModelError: a caption is longer than the text encoder takes.
@@ -212,10 +212,11 @@ class DualEncoderScorer(nn.Module):
         return _at_least_float32(self.hf.get_text_features(**inputs, return_dict=True).pooler_output)
 
     def scale_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """The bounded scale exp(logit_scale), and the bias or None; 0-d float32."""
+        """The bounded scale exp(logit_scale), and the bias or None; 0-d, float32 or float64."""
         bound_scale(self.hf, self.max_scale)
         bias = _bias(self.hf)
-        return self.hf.logit_scale.float().reshape(()).exp(), None if bias is None else bias.float().reshape(())
+        scale = _precise(self.hf.logit_scale).reshape(()).exp()
+        return scale, None if bias is None else _precise(bias).reshape(())
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -346,13 +347,13 @@ def _check_class(model: PreTrainedModel, source: str) -> None:
 
 
 def _set_scalars(model: PreTrainedModel, temperature: TemperatureConfig, bias: float | None) -> None:
-    """Keep scale and bias in float32 (bfloat16 steps near 4.6 are 0.03 wide) and give them their start."""
-    model.logit_scale = nn.Parameter(model.logit_scale.detach().float())
+    """Keep scale and bias in float32 at least (bfloat16 steps near 4.6 are 0.03 wide) and give them their start."""
+    model.logit_scale = nn.Parameter(_precise(model.logit_scale.detach()))
     if temperature.init is not None:
         model.logit_scale.data.fill_(math.log(1 / temperature.init))
     own = _bias(model)
     if own is not None:
-        model.logit_bias = nn.Parameter(own.detach().float())
+        model.logit_bias = nn.Parameter(_precise(own.detach()))
         if bias is not None:
             model.logit_bias.data.fill_(bias)
     elif bias is not None:
@@ -368,6 +369,11 @@ def _bias(model: PreTrainedModel) -> nn.Parameter | None:
 def _saved_bias(source: str) -> float | None:
     path = Path(source) / HEADS_FILE
     return float(load_file(path)["logit_bias"]) if path.is_file() else None
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """float32 at least: half precision loses what tells similar pairs apart; float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _check_pictures(batch: Batch) -> None:

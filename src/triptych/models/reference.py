@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from torch import Tensor, nn
+from torch import nn
 
 from triptych.core.errors import ModelError
 from triptych.core.types import Batch, Scores
@@ -34,7 +34,7 @@ class FrozenReference:
         self._device: torch.device | None = None
 
     def attach(self, batch: Batch) -> Batch:
-        """Return the batch with `token_values["reference_logprobs"]`, [S] float32, natural log.
+        """Return the batch with `token_values["reference_logprobs"]`, [S], natural log, in the type of the scores.
 
         Raises:
             ModelError: the scorer gives no token log-probabilities.
@@ -77,7 +77,7 @@ class AdapterOffReference:
         self._scorer = scorer
 
     def attach(self, batch: Batch) -> Batch:
-        """Return the batch with `token_values["reference_logprobs"]`, [S] float32, natural log.
+        """Return the batch with `token_values["reference_logprobs"]`, [S], natural log, in the type of the scores.
 
         Training mode, `requires_grad` and the random state of the policy are as before afterwards. Call it before the
         policy's forward pass, never between that and its backward pass.
@@ -99,8 +99,7 @@ def _attach(scorer: nn.Module, batch: Batch) -> Batch:
             "the reference gives no token log-probabilities",
             remedy="build its scorer with needs that include `token_logprobs`",
         )
-    logprobs: Tensor = scores.token_logprobs.float()
-    return replace(batch, token_values={**batch.token_values, REFERENCE_LOGPROBS: logprobs})
+    return replace(batch, token_values={**batch.token_values, REFERENCE_LOGPROBS: scores.token_logprobs})
 
 
 @contextmanager

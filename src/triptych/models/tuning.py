@@ -17,7 +17,9 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -104,12 +106,13 @@ class TuningPlan:
         """Patterns whose base weights are trained; switching adapters off does not undo those."""
         return tuple(row.rule.match for row in self.rows if isinstance(row.rule, FullRule))
 
-    def table(self) -> Table:
-        """The plan for reading on 80 columns, one line a rule; the caption is the trainable-parameter line."""
-        table = Table(title="Tuning plan", caption=str(self.count), caption_justify="left", box=SIMPLE_HEAD, padding=0)
+    def table(self) -> RenderableType:
+        """The plan for reading on 80 columns, a line for each rule, and the trainable-parameter line."""
+        table = Table(title="Tuning plan", title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
         table.add_column("", justify="right")
-        table.add_column("match", overflow="fold")
-        table.add_column("method", overflow="fold")
+        longest = max((len(row.rule.match) for row in self.rows), default=0)
+        table.add_column("match", overflow="fold", min_width=min(longest, 32))
+        table.add_column("method\nrank/alpha/scale")
         for heading in ("lr", "decay", "trained", "of"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
@@ -123,7 +126,7 @@ class TuningPlan:
                 f"{row.count.trainable:,}",
                 f"{row.count.total:,}",
             )
-        return table
+        return Group(table, Text(str(self.count)))
 
 
 def apply_tuning(
@@ -470,11 +473,11 @@ def _groups(
 
 
 def _describe(rule: TuningRule) -> str:
-    """The method with its setting, e.g. `lora rank 8 alpha 16 scale 2, 4 tokens`."""
+    """The method with its setting, e.g. `lora 8/16/2 and 4 tokens`."""
     if not isinstance(rule, LoraRule):
         return rule.method
-    text = f"lora rank {rule.rank} alpha {rule.effective_alpha} scale {rule.scale:g}"
-    return text + (f", {len(rule.train_tokens)} tokens" if rule.train_tokens else "")
+    text = f"lora {rule.rank}/{rule.effective_alpha}/{rule.scale:g}"
+    return text + (f" and {len(rule.train_tokens)} tokens" if rule.train_tokens else "")
 
 
 def _module_of(name: str) -> str:

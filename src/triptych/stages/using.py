@@ -90,19 +90,23 @@ def chat_in_terminal(model: Path, image: Path | None, system: str, max_new_token
     if image is not None:
         chat.add_image(image)
     console.print("/image PATH adds a picture, /reset starts over, /exit leaves", style="dim")
+    prompt = "[bold]you:[/bold] " if console.is_terminal else ""
     while True:
         try:
-            line = console.input("[bold]you:[/bold] ").strip()
+            line = console.input(prompt).strip()
         except EOFError:
             break
         if line == "/exit":
             break
+        if not line:
+            continue
         try:
             reply = chat.say(line)
         except TriptychError as error:
-            reply = f"error: {error}"
-        if reply:
-            console.print(f"model: {reply}", markup=False)
+            console.print(f"error: {error}", markup=False, soft_wrap=True)
+        else:
+            speaker = "" if line.startswith("/") else "model: "
+            console.print(f"{speaker}{reply or '(empty answer)'}", markup=False, soft_wrap=True)
 
 
 class Chat:
@@ -127,6 +131,8 @@ class Chat:
             DataError: it is not a readable picture.
         """
         path = path.expanduser().resolve()
+        if not path.is_file():
+            raise DataError(Problem("no such picture", file=str(path), remedy="/image PATH, absolute or from here"))
         reference = resolve_image(path.parent, path.name)
         decode(reference)
         self.waiting.append(reference)
@@ -137,17 +143,18 @@ class Chat:
         Raises:
             DataError: a picture cannot be read, or the conversation is too long; nothing has changed then.
         """
-        if line.startswith("/image"):
-            name = line.removeprefix("/image").strip()
-            if not name:
+        command, _, argument = line.partition(" ")
+        if command == "/image":
+            if not argument.strip():
                 raise DataError(Problem("no path given", remedy="/image PATH"))
-            self.add_image(Path(name))
-            return f"(picture {name} goes with your next question)"
-        if line == "/reset":
+            self.add_image(Path(argument.strip()))
+            return f"(picture {argument.strip()} goes with your next question)"
+        if command == "/reset":
             self.reset()
             return "(started over)"
-        if not line:
-            return ""
+        if command.startswith("/"):
+            known = ("/image", "/reset", "/exit")
+            raise DataError(Problem(f"`{command}` is not a command", remedy=did_you_mean(command, known)))
         messages = [*self.messages, Message("user", (*self.waiting, Text(line)))]
         (reply,) = self.answering.answer([messages])
         self.messages = [*messages, Message("assistant", (Text(reply),))]
@@ -172,10 +179,10 @@ def export_run(run: Path, output: Path | None, checkpoint: str) -> Parity:
     vlm = build_vlm(recipe)
     folder = find_checkpoint(run / "checkpoints", checkpoint)
     snapshot = read(folder)
-    scorer_state = {
-        name: item for name, item in vlm.scorer.state_dict(keep_vars=True).items() if name in snapshot.weights
-    }
-    restore_tensors(scorer_state, snapshot.weights, "weights")
+    # Not the state_dict: it leaves out buffers that a checkpoint holds.
+    targets = {**dict(vlm.scorer.named_parameters()), **dict(vlm.scorer.named_buffers())}
+    saved = {name: item for name, item in targets.items() if name in snapshot.weights}
+    restore_tensors(saved, snapshot.weights, "weights")
     target = output or run / "export"
     write_model(target, vlm.loaded)
     parity = check_parity(vlm.loaded, target)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from triptych.core.types import Sample
 from triptych.data.formats import Dataset
@@ -110,14 +111,22 @@ def read_samples(datasets: Iterable[Dataset], limit: int | None = None) -> list[
 
 
 def show_answers(recipe: TuneRecipe, vlm: Vlm, title: str) -> None:
-    """Print the first held-out questions with the truth and the model's answers."""
-    if recipe.evaluation is None or not recipe.evaluation.show:
+    """Print the first held-out questions with the truth and the model's answers, and how many answers are right.
+
+    With `evaluation.answers` the count is over every held-out row, otherwise over those shown.
+    """
+    evaluation = recipe.evaluation
+    if evaluation is None or not evaluation.show:
         return
-    answering = vlm.answering(recipe.evaluation.max_new_tokens, recipe.evaluation.batch)
-    samples = read_samples(open_datasets(recipe.evaluation.data), recipe.evaluation.show)
+    samples = read_samples(open_datasets(evaluation.data), None if evaluation.answers else evaluation.show)
+    pictures = {str(sample.origin): ", ".join(image.name for image in sample.images) for sample in samples}
+    answers = list(vlm.answering(evaluation.max_new_tokens, evaluation.batch).run(samples))
+    right = sum(answer.is_right for answer in answers)
     table = Table("picture", "question", "truth", "answer", title=f"Held-out answers {title}")
-    for sample, answer in zip(samples, answering.run(samples), strict=False):
-        names = ", ".join(image.name for image in sample.images)
-        colour = "green" if answer.is_right else "red"
-        table.add_row(names, answer.question, answer.truth, f"[{colour}]{answer.prediction[:80]!r}[/{colour}]")
-    Console().print(table)
+    for answer in answers[: evaluation.show]:
+        # Text, not str: brackets in an answer are no markup.
+        reply = Text(repr(answer.prediction[:80]), style="green" if answer.is_right else "red")
+        table.add_row(Text(pictures[answer.origin]), Text(answer.question), Text(answer.truth), reply)
+    console = Console()
+    console.print(table)
+    console.print(f"exact match {title}: {right} of {len(answers)} ({right / len(answers):.1%})", highlight=False)

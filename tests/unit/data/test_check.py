@@ -314,6 +314,22 @@ def test_the_report_renders(tmp_path: Path) -> None:
         assert part in text
 
 
+def test_the_report_can_be_read_on_80_columns(tmp_path: Path) -> None:
+    folder = tmp_path / ("long_name_" * 8)
+    folder.mkdir()
+    picture(folder, "1.png")
+    dataset = open_rows(folder, "messages", _chat("<image>Q", "A", images=["1.png"], task="vqa"))
+    console = Console(width=80, record=True, file=io.StringIO())
+    report = check_datasets([dataset], encode)
+    console.print(report.render())
+    lines = console.export_text().splitlines()
+    assert f"1  {dataset.name}" in lines  # whole, on a line of its own
+    assert ["1", "rows.jsonl", "1", "0", "0", "1", "1"] in [line.split() for line in lines]
+    share = f"{report.summary[0].supervised_share:.1%}"
+    assert any(line.split()[:3] == ["1", "rows.jsonl", "1"] and line.split()[-1] == share for line in lines)
+    assert not any("…" in line for line in lines)
+
+
 def test_every_sample_advances_the_progress(tmp_path: Path) -> None:
     steps = []
     check_datasets([open_rows(tmp_path, "messages", {}, {}, {})], advance=lambda: steps.append(1))

@@ -86,7 +86,7 @@ def shapes(windows: Iterator[Window] | list[Window]) -> list[list[int]]:
 DATA = [Numbers("a", 6), Numbers("b", 4)]
 
 
-@pytest.mark.requirement("A-33")
+@pytest.mark.requirement("A-33", "F-25")
 def test_an_epoch_holds_every_row_once_and_its_last_window_is_smaller() -> None:
     loader = make(DATA)
     windows = list(loader.windows())

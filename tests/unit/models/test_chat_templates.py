@@ -23,7 +23,7 @@ CONVERSATIONS = [
     [say("system", "Be brief. 简短一点。"), say("user", "one ", PICTURE, " two", OTHER)],
     [say("system"), say("user", "a"), say("assistant", "b"), say("user", "c?")],
     [say("user", "a"), say("assistant", "b's head."), say("user", PICTURE)],
-    [say("user", "Is 5 < 7 & \"x\"?"), say("assistant", "yes"), say("user", OTHER, " and 👍🏽?")],
+    [say("user", 'Is 5 < 7 & "x"?'), say("assistant", "yes"), say("user", OTHER, " and 👍🏽?")],
 ]
 SIZES = {PICTURE: (28, 14), OTHER: (14, 14)}
 CAPTIONS = [[say("user", PICTURE)], [say("user", PICTURE, "\nDescribe it."), say("assistant", "A cat.")]]
@@ -49,7 +49,7 @@ def cases(name: str) -> list[list[Message]]:
 
 def test_every_built_in_template_has_a_jinja_form() -> None:
     assert [*CHAT_TEMPLATES, "model"] == list(TEMPLATES)
-    with pytest.raises(ModelError, match="(?s)unknown template `chatlm`.*did you mean `chatml`"):
+    with pytest.raises(ModelError, match=r"(?s)unknown template `chatlm`.*did you mean `chatml`"):
         chat_template("chatlm", PLACEHOLDER)
 
 

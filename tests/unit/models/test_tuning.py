@@ -164,7 +164,7 @@ def test_scale_and_dropout_reach_the_layer_and_the_table() -> None:
     plan = tune_one(model, rank=16, alpha=16, dropout=0.1)
     assert model.layer.scaling == {"lora-rank16-alpha16": 1.0}
     assert model.layer.lora_dropout["lora-rank16-alpha16"].p == 0.1
-    assert "16/16/1" in printed(plan)
+    assert "lora 16/16/1" in printed(plan)
     model = OneLinear()
     tune_one(model, rank=4, alpha=8, use_rslora=True)
     assert model.layer.scaling["lora-rank4-alpha8"] == 8 / math.sqrt(4)
@@ -402,11 +402,24 @@ def test_trainable_count_of_qwen2_5_7b_with_rank_16_on_attention() -> None:
     assert plan.count.short == "10.09M (0.13%)"
 
 
-def printed(plan: TuningPlan) -> str:
-    console = Console(file=io.StringIO(), width=160)
+def printed(plan: TuningPlan, width: int = 160) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(plan.table())
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def test_the_table_fits_80_columns() -> None:
+    plan = tune(
+        llava(), frozen("vision.layers[0:1]"), full("vision"), full("connector", lr=2e-4, weight_decay=0.05),
+        lora("language.layers[0:2]", rank=128, lr=5e-5), frozen("*"),
+    )  # fmt: skip
+    lines = printed(plan, width=80).splitlines()
+    assert len([line for line in lines if line.split()[:1] and line.split()[0].isdigit()]) == 5
+    (language,) = [line for line in lines if "language.layers[0:2]" in line]
+    assert "lora 128/256/2" in language and "5e-05" in language
+    assert language.split()[-1] == f"{plan.rows[3].count.total:,}"
+    assert not any("…" in line for line in lines)
 
 
 @pytest.mark.requirement("E-15")
@@ -416,9 +429,14 @@ def test_the_table_shows_every_rule() -> None:
     )
     lines = printed(plan).splitlines()
     (connector,) = [line for line in lines if " connector " in line]
-    assert "full" in connector and "0.0002" in connector and "0.1" in connector and "2,112 / 2,112" in connector
+    assert (
+        "full" in connector
+        and "0.0002" in connector
+        and "0.1" in connector
+        and connector.split()[-2:] == ["2,112", "2,112"]
+    )
     (language,) = [line for line in lines if "language.layers[0:2]" in line]
-    assert "8/16/2" in language
+    assert "lora 8/16/2" in language
     assert str(plan.count) in printed(plan)
 
 
@@ -451,9 +469,18 @@ def test_trained_tokens_change_their_rows_in_embedding_and_head_only(build: Any)
     assert rows_changed(head, model.get_output_embeddings().weight) == [5, 8]
 
 
-def test_trained_tokens_need_the_embedding_and_one_rule() -> None:
-    with pytest.raises(ModelError, match=r"`model.language_model.embed_tokens` falls to rule 2 `language`"):
-        tune(llava(), lora("language.layers", rank=2, train_tokens=(5,)), frozen("language"), frozen("*"))
+def test_trained_tokens_of_a_frozen_embedding_leave_its_other_rows_as_they_are() -> None:
+    model = llava()
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    plan = tune(model, lora("language.layers", rank=2, train_tokens=(5,)), frozen("*"))
+    assert "lora 2/4/2 and 1 tokens" in printed(plan)
+    step(model, plan)
+    assert rows_changed(embedding, model.get_input_embeddings().weight) == [5]
+
+
+def test_trained_tokens_need_an_embedding_that_is_not_trained_whole_and_one_rule() -> None:
+    with pytest.raises(ModelError, match=r"rule 2 `language` trains all rows of `model.language_model.embed_tokens`"):
+        tune(llava(), lora("language.layers", rank=2, train_tokens=(5,)), full("language"), frozen("*"))
     with pytest.raises(ModelError, match="is the second with `train_tokens`"):
         rules = [lora("language.layers[1]", train_tokens=(5,)), lora("language", train_tokens=(6,)), frozen("*")]
         tune(llava(), *rules)
