@@ -22,7 +22,10 @@ $(DEV): $(BASE) requirements/test-no-deps.txt
 	touch $(DEV)
 
 demo: $(BASE)  ## tune a small vision-language model on pictures and show what it learned
-	$(BIN)/triptych train recipes/demo/names.yaml $(ARGUMENTS)
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' recipes/demo/demo.yaml
+	$(BIN)/triptych scenes runs/demo/data --train 32 --test 4
+	$(BIN)/triptych train recipes/demo/demo.yaml $(ARGUMENTS)
+	@$(BIN)/python recipes/demo/summary.py
 
 test: $(DEV) lint types  ## lint, types, layers, tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(ARGUMENTS)

@@ -39,7 +39,11 @@ Split = Sequence[Sequence[int]]
 Make = Callable[[Sequence[int]], Batch]
 
 TEXT = "a small red cube stands behind two green balls and one very old blue lamp"
-SPLITS: dict[str, Split] = {"1x8": [range(8)], "8x1": [(n,) for n in range(8)], "ragged": [(0, 1, 2), (3,), (4, 5, 6, 7)]}
+SPLITS: dict[str, Split] = {
+    "1x8": [range(8)],
+    "8x1": [(n,) for n in range(8)],
+    "ragged": [(0, 1, 2), (3,), (4, 5, 6, 7)],
+}
 RANKS: tuple[Split, ...] = (((0, 1, 3), (4,), (6, 7)), ((2, 5),))
 """Rank -> micro-batch -> examples. Examples 2 and 5 have no picture, so the second rank has none at all."""
 

@@ -40,11 +40,12 @@ class CommandServer:
     """The parent of the forked commands."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        # On wide lines no message is wrapped.
+        settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "COLUMNS": "400"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.recipes.command_server"],
             cwd=ROOT,
-            env=environment,
+            env={**os.environ, **settings},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -88,6 +89,7 @@ def serve() -> None:
         status = _wait(child, request["kill_after"])
         reply = {"status": os.waitstatus_to_exitcode(status), "seconds": time.perf_counter() - start}
         print(json.dumps(reply), file=answers, flush=True)
+    os._exit(0)
 
 
 def _wait(child: int, kill_after: float | None) -> int:

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from PIL import Image
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from triptych.core.protocols import PictureProcessor
 from triptych.core.types import Example, ImageReference, Message, Sample
 from triptych.evaluation.metrics import exact_match
-from triptych.models.generation import Prompt, generate
+from triptych.models.generation import Prompt
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,9 @@ class Answer:
 class Answering:
     """Everything that is needed to turn messages into an answer."""
 
-    model: PreTrainedModel
+    generate: Callable[..., list[list[int]]]
+    """Prompts and the options of `models.generation.generate` -> new token ids of each."""
     tokenizer: PreTrainedTokenizerBase
-    pictures: PictureProcessor
     encode_prompt: Callable[[Sequence[Message]], Example]
     """Messages -> prompt ids ending with the generation prompt."""
     decode: Callable[[ImageReference], Image.Image]
@@ -56,10 +55,8 @@ class Answering:
             example = self.encode_prompt(messages)
             images = tuple(self.decode(image) for image in example.images)
             prompts.append(Prompt(example.trunk.input_ids, images))
-        replies = generate(
-            self.model,
+        replies = self.generate(
             prompts,
-            self.pictures,
             max_new_tokens=self.max_new_tokens,
             stop_ids=self.stop_ids,
             temperature=temperature,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -12,19 +11,7 @@ from triptych.core.errors import TrainingError
 from triptych.core.protocols import BatchSource, Objective, Reference
 from triptych.engine.measure import measure_window
 from triptych.engine.parallel import Runtime
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients inside; the former training flags of every sub-module afterwards."""
-    flags = {name: child.training for name, child in module.named_modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for name, child in module.named_modules():
-            child.training = flags[name]
+from triptych.models.modes import evaluation_mode
 
 
 class HeldOutLoss:
@@ -63,7 +50,7 @@ class HeldOutLoss:
     def run(self) -> Mapping[str, float]:
         """`loss`, `loss/<term>` and the objective's metrics, equal on every rank."""
         self.source.load_state_dict(self._start)
-        with evaluation_mode(self.scorer):
+        with evaluation_mode(self.scorer), torch.no_grad():
             (window,) = self.source.windows()
             result = measure_window(self.scorer, self.objective, window, self.source, self.reference, self.runtime)
         terms = {f"loss/{name}": value for name, value in result.terms.items()}

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from triptych.core.distributed import all_gather_rows, all_reduce_max
 from triptych.core.protocols import BatchSource
 from triptych.core.types import Scores
-from triptych.evaluation.held_out import evaluation_mode
 from triptych.evaluation.metrics import recall_at_k
+from triptych.models.modes import evaluation_mode
 
 
 class Retrieval:
@@ -32,7 +32,7 @@ class Retrieval:
         images: list[Tensor] = []
         texts: list[Tensor] = []
         keys: list[Tensor] = []
-        with evaluation_mode(self.scorer):
+        with evaluation_mode(self.scorer), torch.no_grad():
             for window in self.source.windows():
                 count = int(all_reduce_max(torch.tensor(len(window.batches), device=self.device)))
                 for index in range(count):

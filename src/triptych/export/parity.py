@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
 from triptych.core.errors import ModelError, Problem
+from triptych.models.modes import evaluation_mode
 
 TOLERANCE = 1e-5
 """Largest difference of a logit, relative to the largest logit."""
@@ -57,12 +58,9 @@ def verify(
         ModelError: the folder does not load, or logits or answers differ.
     """
     assert isinstance(model, GenerationMixin)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         logits = model(**inputs).logits.float()
         generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    model.train(was_training)
     answer = generated[0, inputs["input_ids"].shape[1] :]
     saved = {name: value.contiguous() for name, value in inputs.items()}
     if picture is not None:

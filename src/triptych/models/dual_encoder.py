@@ -215,8 +215,8 @@ class DualEncoderScorer(nn.Module):
         """The bounded scale exp(logit_scale), and the bias or None; 0-d, float32 or float64."""
         bound_scale(self.hf, self.max_scale)
         bias = _bias(self.hf)
-        scale = _precise(self.hf.logit_scale).reshape(()).exp()
-        return scale, None if bias is None else _precise(bias).reshape(())
+        scale = _at_least_float32(self.hf.logit_scale).reshape(()).exp()
+        return scale, None if bias is None else _at_least_float32(bias).reshape(())
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -348,12 +348,12 @@ def _check_class(model: PreTrainedModel, source: str) -> None:
 
 def _set_scalars(model: PreTrainedModel, temperature: TemperatureConfig, bias: float | None) -> None:
     """Keep scale and bias in float32 at least (bfloat16 steps near 4.6 are 0.03 wide) and give them their start."""
-    model.logit_scale = nn.Parameter(_precise(model.logit_scale.detach()))
+    model.logit_scale = nn.Parameter(_at_least_float32(model.logit_scale.detach()))
     if temperature.init is not None:
         model.logit_scale.data.fill_(math.log(1 / temperature.init))
     own = _bias(model)
     if own is not None:
-        model.logit_bias = nn.Parameter(_precise(own.detach()))
+        model.logit_bias = nn.Parameter(_at_least_float32(own.detach()))
         if bias is not None:
             model.logit_bias.data.fill_(bias)
     elif bias is not None:
@@ -369,11 +369,6 @@ def _bias(model: PreTrainedModel) -> nn.Parameter | None:
 def _saved_bias(source: str) -> float | None:
     path = Path(source) / HEADS_FILE
     return float(load_file(path)["logit_bias"]) if path.is_file() else None
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    """float32 at least: half precision loses what tells similar pairs apart; float64 stays."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _check_pictures(batch: Batch) -> None:

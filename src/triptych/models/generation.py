@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, PreTrainedModel
 
 from triptych.core.protocols import PictureProcessor
 from triptych.models.components import row_inputs_kind
+from triptych.models.modes import evaluation_mode
 from triptych.models.pictures import model_inputs
 
 
@@ -38,7 +40,7 @@ def generate(
     """Continue each prompt; prompts are padded on the left and hidden by the attention mask, so rows do not interact.
 
     Args:
-        hf: A model in any mode; it is put in eval mode and back.
+        hf: A model in any mode, which it keeps; answers are made in evaluation mode.
         prompts: At least one.
         pictures: The model's picture processor.
         max_new_tokens: Longest continuation in tokens.
@@ -52,9 +54,7 @@ def generate(
     pad = stop_ids[0] if stop_ids else 0
     inputs = prompt_inputs(hf, prompts, pictures, pad)
     longest = inputs["input_ids"].shape[1]
-    was_training = hf.training
-    hf.eval()
-    try:
+    with evaluation_mode(hf):
         output = hf.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -63,9 +63,9 @@ def generate(
             eos_token_id=list(stop_ids) or None,
             pad_token_id=pad,
             use_cache=True,
+            # Sharded weights are gathered by all ranks together: none may stop before the others.
+            synced_gpus=any(isinstance(parameter, DTensor) for parameter in hf.parameters()),
         )
-    finally:
-        hf.train(was_training)
     stops = set(stop_ids)
     answers = []
     for row in output[:, longest:].tolist():

@@ -8,8 +8,6 @@ step 0 policy and reference agree to the last bit when the policy has no dropout
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -20,6 +18,7 @@ from torch import nn
 from triptych.core.errors import ModelError
 from triptych.core.types import Batch, Scores
 from triptych.models.adapters import adapters_disabled
+from triptych.models.modes import evaluation_mode
 from triptych.models.tuning import TuningPlan
 
 REFERENCE_LOGPROBS = "reference_logprobs"
@@ -85,7 +84,7 @@ class AdapterOffReference:
         Raises:
             ModelError: the scorer gives no token log-probabilities.
         """
-        with adapters_disabled(self._scorer), _evaluation_mode(self._scorer):
+        with adapters_disabled(self._scorer), evaluation_mode(self._scorer):
             return _attach(self._scorer, batch)
 
 
@@ -100,18 +99,6 @@ def _attach(scorer: nn.Module, batch: Batch) -> Batch:
             remedy="build its scorer with needs that include `token_logprobs`",
         )
     return replace(batch, token_values={**batch.token_values, REFERENCE_LOGPROBS: scores.token_logprobs})
-
-
-@contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule has its own flag back (frozen towers were not training)."""
-    flags = [(item, item.training) for item in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for item, flag in flags:
-            item.training = flag
 
 
 def _first_trained_adapter(model: nn.Module) -> str | None:

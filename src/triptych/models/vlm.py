@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from triptych.core.errors import ModelError, Problem
 from triptych.core.protocols import PictureProcessor
 from triptych.core.types import Batch, ScoreField, Scores
 from triptych.models.components import Components, check_plain_head, component_parameters, row_inputs, row_inputs_kind
+from triptych.models.generation import Prompt, generate
 from triptych.models.logprobs import DEFAULT_CHUNK, label_logprobs, shifted_states
 from triptych.models.pictures import PICTURE_TILES, model_inputs
 
@@ -96,21 +98,26 @@ class VlmScorer(nn.Module):
             )
         order = [index for row in batch.row_images for index in row]
         features = self._features(batch.pixels) if order and batch.pixels is not None else None
+        dummy = self._dummy(batch.input_ids.device) if features is None and self._needs_dummy() else None
         self._check_counts(batch, features)
-        outputs = self.hf.base_model(
-            input_ids=batch.input_ids,
-            mm_encoder_outputs=None if features is None else {"image": _gather(features, order)},
-            use_cache=False,
-            **row_inputs(self._row_inputs, self.hf, batch.input_ids, batch.attention_mask, _grids(batch, order)),
-        )
+        with self._added_to_embeddings(dummy):
+            outputs = self.hf.base_model(
+                input_ids=batch.input_ids,
+                mm_encoder_outputs=None if features is None else {"image": _gather(features, order)},
+                use_cache=False,
+                **row_inputs(self._row_inputs, self.hf, batch.input_ids, batch.attention_mask, _grids(batch, order)),
+            )
         auxiliary = self._auxiliary(outputs, batch)
         if "token_logprobs" not in self.needs:
             return Scores(auxiliary=auxiliary)
         hidden, labels = shifted_states(outputs.last_hidden_state, batch.labels, batch.supervised)
         logprobs = label_logprobs(hidden, labels, self.hf.get_output_embeddings(), self.chunk_size)
-        if features is None and self._needs_dummy():
-            logprobs = logprobs + self._dummy(batch.input_ids.device)
         return Scores(token_logprobs=logprobs, auxiliary=auxiliary)
+
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[list[int]]:
+        """Continue prompts, see `generation.generate`; a method here so that sharding can wrap it like `forward`."""
+        assert self.pictures is not None
+        return generate(self.hf, prompts, self.pictures, **options)
 
     def train(self, mode: bool = True) -> VlmScorer:
         """Switch modes; call it again after `requires_grad` changed.
@@ -202,6 +209,22 @@ class VlmScorer(nn.Module):
         features = self._features({name: value.to(device) for name, value in pixels.items()})
         parts = [*features.pooled, *(part for level in features.deepstack for part in level)]
         return torch.stack([part.float().sum() for part in parts]).sum() * 0.0
+
+    @contextmanager
+    def _added_to_embeddings(self, dummy: Tensor | None) -> Iterator[None]:
+        """Send the dummy the way of real features: sharded ranks must gather and reduce in the same order.
+
+        That holds for the backward pass too, where FSDP2 reduces a block once the gradient of its input is there.
+        """
+        if dummy is None:
+            yield
+            return
+        embeddings = self.hf.get_input_embeddings()
+        hook = embeddings.register_forward_hook(lambda module, inputs, output: output + dummy.to(output.dtype))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _auxiliary(self, outputs: Any, batch: Batch) -> Tensor | None:
         router_logits = outputs.get("router_logits")

@@ -47,7 +47,7 @@ class Built:
     """Wrapped scorer -> what measures it during training."""
     after_step: Callable[[], None] | None = None
     show_answers: Callable[[str], None] = field(default=lambda title: None)
-    """Print some held-out answers; called before and after training on the main rank."""
+    """Print some held-out answers, on the main rank; called before and after training on every rank."""
 
     @property
     def groups(self) -> list[ParameterGroup]:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from triptych.core.config import ConfigTree
 from triptych.core.distributed import barrier, is_main
@@ -20,6 +21,7 @@ from triptych.engine.parallel import Runtime
 from triptych.engine.state import seed_everything
 from triptych.engine.trainer import Trainer
 from triptych.models.tuning import check_gradients
+from triptych.models.vlm import VlmScorer
 from triptych.stages.build import Built, make_loader, resolved
 from triptych.stages.recipe import StageRecipe
 
@@ -47,12 +49,12 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
         write_recipe(recipe, output)
     barrier()
     trainer = make_trainer(recipe, built, runtime, output)
-    if is_main() and is_new:
+    if is_new:
         built.show_answers("before training")
     result = trainer.fit()
+    built.show_answers("after training")
     if is_main():
         write_recipe(recipe, output)
-        built.show_answers("after training")
         summary = {"steps": result.progress.step, "best_step": result.best_step, "evaluation": dict(result.evaluation)}
         (output / FINISHED).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     for name, value in result.evaluation.items():
@@ -78,6 +80,9 @@ def make_trainer(recipe: StageRecipe, built: Built, runtime: Runtime, output: Pa
     scorer = built.scorer
     scorer.train()
     wrapped: nn.Module = runtime.wrap(scorer, built.blocks)
+    if isinstance(scorer, VlmScorer):
+        # Without effect unless the weights are sharded: answers then need them gathered, as the forward pass does.
+        register_fsdp_forward_method(scorer, "generate")
     evaluators: list[Evaluator] = built.evaluators(wrapped, runtime)
     source = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, output)
     return Trainer(

@@ -21,7 +21,7 @@ from triptych.core.types import ImageReference, Message, Part, Text
 from triptych.data.formats import FORMATS, AnyDatasetConfig, DatasetConfig
 from triptych.data.images import decode, resolve_image
 from triptych.engine.checkpoint import read
-from triptych.engine.state import restore_tensors
+from triptych.engine.state import restore_tensors, seed_everything
 from triptych.evaluation.answers import Answer, Answering, accuracy_by_task
 from triptych.export.parity import Parity, verify
 from triptych.models.generation import Prompt, prompt_inputs
@@ -176,6 +176,8 @@ def export_run(run: Path, output: Path | None, checkpoint: str) -> Parity:
     if not isinstance(recipe, VlmRecipe):
         message = "a dual encoder needs no export"
         raise ConfigError(Problem(message, file=str(run), remedy=f"{run / 'model'} is a plain Hugging Face folder"))
+    # A checkpoint holds what was trained; parts that started at random and stayed frozen come from the seed again.
+    seed_everything(recipe.train.seed)
     vlm = build_vlm(recipe)
     folder = find_checkpoint(run / "checkpoints", checkpoint)
     snapshot = read(folder)

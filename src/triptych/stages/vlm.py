@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from triptych.core.distributed import is_main
 from triptych.core.types import Sample
 from triptych.data.formats import Dataset
 from triptych.data.images import decode
 from triptych.data.segments import added_bos
 from triptych.data.tokenize import ConversationEncoder
 from triptych.evaluation.answers import Answering
+from triptych.models import generation
 from triptych.models.chat_templates import CHAT_TEMPLATES, chat_template
 from triptych.models.load import LoadedVlm, load_vlm
 from triptych.models.new_tokens import cover_new_tokens, untrained_tokens
@@ -35,8 +39,15 @@ class Vlm:
     encoder: ConversationEncoder
 
     def answering(self, max_new_tokens: int, batch: int) -> Answering:
-        """The model as something that answers."""
-        return make_answering(self.loaded, self.encoder, max_new_tokens, batch)
+        """The model as something that answers; where its weights are sharded, on all ranks together."""
+        # Looked up when it is called: sharding puts another function in the place of the scorer's.
+        return make_answering(
+            self.loaded,
+            self.encoder,
+            max_new_tokens,
+            batch,
+            generate=lambda prompts, **options: self.scorer.generate(prompts, **options),
+        )
 
 
 def build_vlm(recipe: VlmRecipe) -> Vlm:
@@ -78,11 +89,11 @@ def template_name(loaded: LoadedVlm) -> str:
 
 def stop_at(loaded: LoadedVlm, stop_ids: Iterable[int]) -> None:
     """Let plain `generate` stop, also after saving, at the tokens that end an answer in training."""
-    generation = loaded.model.generation_config
-    known = generation.eos_token_id
+    settings = loaded.model.generation_config
+    known = settings.eos_token_id
     present = [] if known is None else [known] if isinstance(known, int) else list(known)
     ids = list(dict.fromkeys([*present, *stop_ids]))
-    generation.eos_token_id = ids[0] if len(ids) == 1 else ids
+    settings.eos_token_id = ids[0] if len(ids) == 1 else ids
 
 
 def make_encoder(loaded: LoadedVlm, template: str, max_length: int) -> ConversationEncoder:
@@ -90,12 +101,18 @@ def make_encoder(loaded: LoadedVlm, template: str, max_length: int) -> Conversat
     return ConversationEncoder(loaded.tokenizer, template, loaded.pictures, max_length)
 
 
-def make_answering(loaded: LoadedVlm, encoder: ConversationEncoder, max_new_tokens: int, batch: int) -> Answering:
+def make_answering(
+    loaded: LoadedVlm,
+    encoder: ConversationEncoder,
+    max_new_tokens: int,
+    batch: int,
+    generate: Callable[..., list[list[int]]] | None = None,
+) -> Answering:
     """A loaded model as something that answers."""
     return Answering(
-        model=loaded.model,
+        generate=generate
+        or (lambda prompts, **options: generation.generate(loaded.model, prompts, loaded.pictures, **options)),
         tokenizer=loaded.tokenizer,
-        pictures=loaded.pictures,
         encode_prompt=encoder.encode_prompt,
         decode=decode,
         stop_ids=encoder.stop_ids,
@@ -113,7 +130,8 @@ def read_samples(datasets: Iterable[Dataset], limit: int | None = None) -> list[
 def show_answers(recipe: TuneRecipe, vlm: Vlm, title: str) -> None:
     """Print the first held-out questions with the truth and the model's answers, and how many answers are right.
 
-    With `evaluation.answers` the count is over every held-out row, otherwise over those shown.
+    With `evaluation.answers` the count is over every held-out row, otherwise over those shown. All answers that count
+    are also written to the run's folder, one JSON line each.
     """
     evaluation = recipe.evaluation
     if evaluation is None or not evaluation.show:
@@ -121,7 +139,12 @@ def show_answers(recipe: TuneRecipe, vlm: Vlm, title: str) -> None:
     samples = read_samples(open_datasets(evaluation.data), None if evaluation.answers else evaluation.show)
     pictures = {str(sample.origin): ", ".join(image.name for image in sample.images) for sample in samples}
     answers = list(vlm.answering(evaluation.max_new_tokens, evaluation.batch).run(samples))
+    if not is_main():  # sharded weights need every rank to get here
+        return
     right = sum(answer.is_right for answer in answers)
+    lines = (json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in answers)
+    file = Path(recipe.output) / f"answers-{title.replace(' ', '-')}.jsonl"
+    file.write_text("".join(lines), encoding="utf-8")
     table = Table("picture", "question", "truth", "answer", title=f"Held-out answers {title}")
     for answer in answers[: evaluation.show]:
         # Text, not str: brackets in an answer are no markup.

@@ -1,22 +1,30 @@
-"""The report names versions and finds nothing wrong with the tested environment."""
+"""The environment report."""
 
-import io
+from __future__ import annotations
 
-import torch
-from rich.console import Console
+import importlib.metadata
 
-from triptych.stages.doctor import find_problems, report
+import pytest
 
-
-def test_report_names_versions_and_devices() -> None:
-    output = io.StringIO()
-    assert report(Console(file=output, width=160))
-    text = output.getvalue()
-    assert torch.__version__ in text
-    assert "no problem found" in text
+from tests.commands import triptych
+from triptych.stages import doctor
 
 
-def test_a_missing_package_is_a_problem_with_a_remedy(monkeypatch) -> None:
-    monkeypatch.setattr("triptych.stages.doctor.PACKAGES", ("torch", "no-such-package"))
-    (problem,) = find_problems()
-    assert "no-such-package" in problem and "pip install" in problem
+def test_this_environment_is_reported_as_good() -> None:
+    done = triptych("doctor")
+    assert done.status == 0, done.out
+    assert "torch" in done.out and importlib.metadata.version("torch") in done.out
+    assert "no problem found" in done.out
+
+
+def test_problems_carry_a_remedy_and_set_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"pillow": "13.0.0", "webdataset": None}
+    found = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, found(name)))
+    problems = doctor.find_problems()
+    assert problems == [
+        "webdataset is not installed -> pip install -c constraints.txt -e .",
+        "pillow 13.0.0 conflicts with gradio and trackio -> pip install 'pillow<13'",
+    ]
+    done = triptych("doctor")
+    assert done.status == 1 and "problem: pillow 13.0.0" in done.out

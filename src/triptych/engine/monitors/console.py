@@ -24,7 +24,7 @@ class ConsoleConfig(Config):
 
     kind: Literal["console"] = "console"
     """Selects this monitor."""
-    window: int = Field(default=100, ge=1)
+    window: int = Field(default=10, ge=1)
     """Steps that the running loss and the speeds are taken over."""
 
 

@@ -1,0 +1,94 @@
+"""Batched generation: rows do not interact, whatever their lengths and pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.tiny import FAMILIES, noise, tiny_family
+from triptych.core.protocols import PictureProcessor
+from triptych.models.generation import Prompt, generate, prompt_inputs
+from triptych.models.pictures import make_pictures, model_inputs
+
+SIZES = [[(32, 32)], [(64, 24), (20, 50)], [], [(90, 90)]]
+TEXTS = ["What is it?", "Compare!", "A question without any picture, longer than others.", "?"]
+
+
+def prompts(tokenizer: Any, pictures: PictureProcessor) -> list[Prompt]:
+    result = []
+    for number, (sizes, text) in enumerate(zip(SIZES, TEXTS, strict=True)):
+        ids = tokenizer.encode("Q: ", add_special_tokens=False)
+        for width, height in sizes:
+            ids += pictures.token_ids(width, height)
+        ids += tokenizer.encode(text, add_special_tokens=False)
+        images = tuple(noise(*size, seed=10 * number + index) for index, size in enumerate(sizes))
+        result.append(Prompt(torch.tensor(ids), images))
+    return result
+
+
+def greedy(model: PreTrainedModel, prompt: Prompt, pictures: PictureProcessor, count: int) -> list[int]:
+    """The plainest way: one row, no padding, the whole row again for every token."""
+    ids = prompt.input_ids
+    for _ in range(count):
+        row = prompt_inputs(model, [Prompt(ids, prompt.pictures)], pictures, pad=0)
+        row.pop("attention_mask")
+        with torch.no_grad():
+            ids = torch.cat([ids, model(**row, use_cache=False).logits[0, -1].argmax().view(1)])
+    return ids[len(prompt.input_ids) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_answers_as_each_row_alone(family: str) -> None:
+    model, tokenizer, processor = tiny_family(family, dtype=torch.float64)
+    pictures = make_pictures(model.config, processor, tokenizer)
+    rows = prompts(tokenizer, pictures)
+    together = generate(model, rows, pictures, max_new_tokens=5, stop_ids=[0])
+    alone = [generate(model, [row], pictures, max_new_tokens=5, stop_ids=[0])[0] for row in rows]
+    assert together == alone
+    assert together == [_cut(greedy(model, row, pictures, 5), 0) for row in rows]
+    assert len({tuple(answer) for answer in together}) > 1
+
+
+def test_the_answer_ends_before_the_first_stop_token() -> None:
+    model, tokenizer, processor = tiny_family("llava")
+    pictures = make_pictures(model.config, processor, tokenizer)
+    rows = prompts(tokenizer, pictures)
+    whole = generate(model, rows, pictures, max_new_tokens=6, stop_ids=[383])
+    stop = whole[0][2]
+    cut = generate(model, rows, pictures, max_new_tokens=6, stop_ids=[stop, 383])
+    assert cut == [_cut(answer, stop) for answer in whole]
+    assert len(cut[0]) <= 2
+
+
+def test_modes_are_restored_and_sampling_follows_the_seed() -> None:
+    model, tokenizer, processor = tiny_family("llava")
+    pictures = make_pictures(model.config, processor, tokenizer)
+    rows = prompts(tokenizer, pictures)[2:3]
+    model.train()
+    model.model.vision_tower.eval()
+    modes = [module.training for module in model.modules()]
+    answers = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        answers.append(generate(model, rows, pictures, max_new_tokens=8, stop_ids=[], temperature=2.0))
+    assert answers[0] == answers[1] != answers[2]
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_prompts_are_padded_on_the_left_in_the_type_of_the_model() -> None:
+    model, tokenizer, processor = tiny_family("llava", dtype=torch.bfloat16)
+    pictures = make_pictures(model.config, processor, tokenizer)
+    rows = [Prompt(torch.tensor([5, 6]), ()), Prompt(torch.tensor([7, *pictures.token_ids(32, 32)]), (noise(),))]
+    inputs = prompt_inputs(model, rows, pictures, pad=9)
+    assert inputs["input_ids"][0].tolist() == [9] * 15 + [5, 6]
+    assert inputs["attention_mask"][0].tolist() == [0] * 15 + [1, 1]
+    assert inputs["pixel_values"].dtype == torch.bfloat16
+    expected = model_inputs(pictures.pixels([noise()]))["pixel_values"].to(torch.bfloat16)
+    assert torch.equal(inputs["pixel_values"], expected)
+
+
+def _cut(ids: list[int], stop: int) -> list[int]:
+    return ids[: ids.index(stop)] if stop in ids else ids

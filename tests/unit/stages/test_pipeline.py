@@ -1,0 +1,117 @@
+"""Pipelines hand models on, skip what is finished and resume where they stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForImageTextToText
+
+from tests.commands import Outcome, triptych, write
+from tests.recipes.tiny_recipes import Files, contrastive, tune
+from triptych.core.config import load_tree
+from triptych.core.errors import ConfigError
+from triptych.stages.pipeline import stage_trees
+
+
+def write_pipeline(folder: Path, files: Files, **changes: Any) -> Path:
+    """A contrastive tower that becomes the vision part of a composed model, which is then tuned once more."""
+    train = {"save_every": 1, "evaluate_every": None, "best": None}
+    short = {"global_batch": 8, "micro_batch": 8, "epochs": None, "steps": 2}
+    write(folder / "towers.yaml", {"output": "x", **contrastive(files)}, loader=short)
+    values = tune(files)
+    tuning = [{"match": "vision", "method": "frozen"}, *values["tuning"][1:]]
+    model = {**values["model"], "vision": {"from": "unset"}}
+    write(folder / "instruct.yaml", {"output": "x", **values}, loader=short, train=train, tuning=tuning, model=model)
+    again = {**values, "model": {"from": "unset"}, "template": "model"}
+    write(folder / "again.yaml", {"output": "x", **again}, loader=short, train=train, tuning=tuning)
+    pipeline = {
+        "kind": "pipeline",
+        "output": str(folder / "run"),
+        "stages": [
+            {"name": "towers", "recipe": "towers.yaml", "title": "see"},
+            {
+                "name": "instruct",
+                "recipe": "instruct.yaml",
+                "init": {"model.vision.from": "towers"},
+                "set": {"lr": 1.0e-3},
+            },
+            {"name": "again", "recipe": "again.yaml", "init": {"model.from": "instruct"}},
+        ],
+        **changes,
+    }
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    return folder / "pipeline.yaml"
+
+
+def succeed(outcome: Outcome) -> str:
+    assert outcome.status == 0, outcome.err
+    return outcome.out
+
+
+def test_stages_hand_their_models_on_and_a_second_start_skips_what_is_finished(files: Files, tmp_path: Path) -> None:
+    pipeline = write_pipeline(tmp_path, files)
+    dry = succeed(triptych("train", pipeline, "--dry-run"))
+    assert "1/3 towers: see" in dry and dry.count("starts from the model of a stage that is not finished") == 2
+    assert not (tmp_path / "run").exists()
+
+    succeed(triptych("train", pipeline))
+    run = tmp_path / "run"
+    tower = AutoModel.from_pretrained(run / "towers" / "model").vision_model.state_dict()
+    composed = AutoModelForImageTextToText.from_pretrained(run / "instruct" / "model")
+    vision = composed.model.vision_tower.state_dict()
+    shared = vision.keys() & tower.keys()
+    assert len(shared) > 20 and all((vision[name] == tower[name]).all() for name in shared)
+    assert yaml.safe_load((run / "instruct" / "recipe.yaml").read_text())["lr"] == 1.0e-3
+    assert json.loads((run / "again" / "finished.json").read_text())["steps"] == 2
+
+    # As if the run had stopped after the first step of the last stage.
+    (run / "again" / "finished.json").unlink()
+    shutil.rmtree(run / "again" / "checkpoints" / "step-00000002")
+    stamp = (run / "towers" / "finished.json").stat().st_mtime_ns
+    before = load_file(run / "again" / "model" / "model.safetensors")
+    second = succeed(triptych("train", pipeline))
+    assert second.count("finished before") == 2 and "start at step 1 of 2" in second
+    assert (run / "towers" / "finished.json").stat().st_mtime_ns == stamp
+    after = load_file(run / "again" / "model" / "model.safetensors")
+    assert all((before[name] == item).all() for name, item in after.items())
+    third = succeed(triptych("train", pipeline))
+    assert third.count("finished before") == 3
+
+
+def test_a_pipeline_is_checked_as_a_whole(files: Files, tmp_path: Path) -> None:
+    checked = succeed(triptych("check", write_pipeline(tmp_path, files), "--samples", "0"))
+    assert checked.count("0 errors, 0 warnings") == 3
+    assert checked.count("Tuning plan") == 1  # the others start from models that are yet to be made
+
+
+def problems(file: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        list(stage_trees(load_tree(file)))
+    return str(caught.value)
+
+
+def test_names_and_init_are_checked_with_file_and_line(files: Files, tmp_path: Path) -> None:
+    stages = [
+        {"name": "towers", "recipe": "towers.yaml"},
+        {"name": "towers", "recipe": "instruct.yaml", "init": {"model.vision.from": "tower"}},
+    ]
+    said = problems(write_pipeline(tmp_path, files, stages=stages))
+    assert "two stages are called `towers`" in said
+    assert "`tower` is not an earlier stage" in said and "did you mean `towers`?" in said
+    assert "pipeline.yaml:6: stages[1].name" in said
+    said = problems(write_pipeline(tmp_path, files, stages=[{"name": "a", "recipe": "nope.yaml"}]))
+    assert "recipe not found" in said and "nope.yaml" in said
+    said = problems(write_pipeline(tmp_path, files, stages=[{"name": "a", "recipe": "again.yaml", "ini": {}}]))
+    assert "unknown key `ini`" in said and "did you mean `init`" in said
+
+
+def test_overrides_do_not_reach_into_the_recipes_of_a_pipeline(files: Files, tmp_path: Path) -> None:
+    outcome = triptych("train", write_pipeline(tmp_path, files), "lr=0.1")
+    assert outcome.status == 1
+    assert "unknown key `lr`" in outcome.err and "command line" in outcome.err

@@ -1,0 +1,57 @@
+"""`triptych train` with `stage: preference`: where the reference comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import read_recipe, triptych, write
+from tests.recipes.tiny_recipes import Files, preference
+from triptych.core.errors import ModelError
+from triptych.models.reference import AdapterOffReference, FrozenReference
+from triptych.stages.preference import build_preference
+
+FULL = [{"match": part, "method": "full"} for part in ("connector", "language")]
+
+
+def recipe(files: Files, folder: Path, **changes: Any) -> Path:
+    values = {"output": str(folder / "run"), **preference(files)}
+    loader = {"global_batch": 8, "micro_batch": 4, "epochs": 1}
+    return write(folder / "recipe.yaml", values, loader=loader, train={"save_every": None}, **changes)
+
+
+@pytest.mark.parametrize("kind", ["adapter_off", "frozen"])
+def test_training_starts_at_the_reference_and_prefers_the_chosen_answers(
+    kind: str, files: Files, tmp_path: Path
+) -> None:
+    held_out = {"data": preference(files)["data"]}
+    changes: dict[str, Any] = {}
+    if kind == "frozen":
+        model = preference(files)["model"]
+        language = {**model["language"], "config": {**model["language"]["config"], "attention_dropout": 0.0}}
+        tuning = [{"match": "vision", "method": "frozen"}, *FULL]
+        changes = {"tuning": tuning, "model": {**model, "language": language}}
+    file = recipe(files, tmp_path, evaluation=held_out, **changes)
+    done = triptych("train", file, "train.runtime.precision=fp32")
+    assert done.status == 0, done.err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["event"] == "step"]
+    if kind == "frozen":  # no dropout there: policy and reference are equal at first, -log sigmoid(0)
+        assert losses[0] == pytest.approx(0.693147, abs=1e-5)
+    assert losses[-1] < losses[0]
+    finished = json.loads((tmp_path / "run" / "finished.json").read_text())
+    assert finished["evaluation"]["loss"] < 0.69
+    assert (tmp_path / "run" / "adapters").exists() == (kind == "adapter_off")
+
+
+def test_auto_takes_the_adapters_off_where_they_are_all_that_trains(files: Files, tmp_path: Path) -> None:
+    assert isinstance(build_preference(read_recipe(recipe(files, tmp_path))).reference, AdapterOffReference)
+    rules = [{"match": "connector", "method": "full"}, *preference(files)["tuning"]]
+    rules = [rule for rule in rules if rule != {"match": "connector", "method": "frozen"}]
+    mixed = recipe(files, tmp_path, tuning=rules)
+    assert isinstance(build_preference(read_recipe(mixed)).reference, FrozenReference)
+    with pytest.raises(ModelError, match="`connector` train base weights"):
+        build_preference(read_recipe(mixed, "reference=adapter_off"))

@@ -1,0 +1,58 @@
+"""A run folder: what is in it, that it resumes, and that another recipe is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from tests.commands import triptych, write
+from tests.recipes.tiny_recipes import Files, tune
+
+
+def recipe(files: Files, folder: Path) -> Path:
+    loader = {"global_batch": 8, "micro_batch": 8, "epochs": None, "steps": 2}
+    train = {"save_every": 1, "evaluate_every": None, "best": None}
+    return write(folder / "recipe.yaml", {"output": str(folder / "run"), **tune(files)}, loader=loader, train=train)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(files: Files, tmp_path: Path) -> None:
+    done = triptych("train", recipe(files, tmp_path), "--dry-run", "loader.steps=7")
+    assert done.status == 0, done.err
+    assert "Tuning plan" in done.out and "trainable params: 69,664" in done.out
+    assert "24 rows, 24 draws an epoch" in done.out and "7 steps of 8 examples" in done.out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.requirement("G-3")
+def test_a_run_resumes_and_a_changed_recipe_is_refused_by_its_keys(files: Files, tmp_path: Path) -> None:
+    file, run = recipe(files, tmp_path), tmp_path / "run"
+    assert triptych("train", file).status == 0
+    whole = load_file(run / "model" / "model.safetensors")
+    saved = (run / "recipe.yaml").read_text()
+    assert yaml.safe_load(saved)["loader"]["on_bad_row"] == "stop"  # defaults are written out
+
+    shutil.rmtree(run / "checkpoints" / "step-00000002")
+    (run / "finished.json").unlink()
+    refused = triptych("train", file, "lr=0.5", "objective.kind=language", "loader.micro_batch=4")
+    assert refused.status == 1 and "Traceback" not in refused.err
+    assert "the recipe changed: lr: 0.003 -> 0.5" in refused.err
+    assert "the recipe changed: loader.micro_batch: 8 -> 4" in refused.err
+    assert (run / "recipe.yaml").read_text() == saved  # the run is still what it was
+
+    resumed = triptych("train", file, "train.log_every=2")
+    assert resumed.status == 0, resumed.err
+    assert "start at step 1 of 2" in resumed.out
+    again = load_file(run / "model" / "model.safetensors")
+    assert all((whole[name] == item).all() for name, item in again.items())
+    assert json.loads((run / "finished.json").read_text())["steps"] == 2
+
+
+def test_nothing_of_the_libraries_is_printed(files: Files, tmp_path: Path) -> None:
+    done = triptych("train", recipe(files, tmp_path))
+    assert done.err == ""
+    assert not any(word in done.out for word in ("Loading weights", "Writing model", "kernels", "Warning"))

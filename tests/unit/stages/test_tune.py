@@ -1,0 +1,79 @@
+"""`triptych train` with `stage: tune`: everything in full, and LoRA on layer ranges."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from tests.commands import read_recipe, triptych, write
+from tests.recipes.tiny_recipes import Files, tune
+from tests.unit.stages.conftest import Run
+from triptych.engine.state import seed_everything
+from triptych.models.adapters import load_adapters, merge_adapters
+from triptych.stages.tune import build_tune
+
+
+@pytest.mark.requirement("E-5", "E-15")
+def test_lora_on_layer_ranges_ends_with_a_model_and_its_adapters(lora_run: Run) -> None:
+    names = {item.name for item in lora_run.output.iterdir()}
+    assert {"model", "adapters", "checkpoints", "recipe.yaml", "finished.json"} <= names
+    adapters = {item.name for item in (lora_run.output / "adapters").iterdir()}
+    assert adapters == {"lora-rank4-alpha8", "lora-rank2-alpha4", "trainable.safetensors"}
+    finished = json.loads((lora_run.output / "finished.json").read_text())
+    assert finished["steps"] == 3 and set(finished["evaluation"]) >= {"loss", "exact_match"}
+    assert "Held-out answers before training" in lora_run.out and "Held-out answers after training" in lora_run.out
+
+
+@pytest.mark.requirement("A-44")
+def test_added_tokens_are_trained_and_the_plan_says_so(lora_run: Run) -> None:
+    assert "lora 4/8/2 and 2 tokens" in lora_run.out
+    model = AutoModelForImageTextToText.from_pretrained(lora_run.output / "model")
+    tokenizer = AutoTokenizer.from_pretrained(lora_run.output / "model")
+    ids = tokenizer.convert_tokens_to_ids(["<box>", "</box>"])
+    seed_everything(0)
+    start = merge_adapters(build_tune(read_recipe(lora_run.recipe)).scorer.hf).get_input_embeddings().weight
+    moved = (model.get_input_embeddings().weight != start).any(dim=1).nonzero().flatten().tolist()
+    assert moved == ids
+
+
+@pytest.mark.requirement("E-10")
+def test_merged_model_equals_base_with_adapters_and_frozen_parts_are_untouched(lora_run: Run) -> None:
+    recipe = read_recipe(lora_run.recipe)
+    seed_everything(recipe.train.seed)
+    built = build_tune(recipe)
+    hf = built.scorer.hf
+    load_adapters(hf, lora_run.output / "adapters")
+    merged = AutoModelForImageTextToText.from_pretrained(lora_run.output / "model", dtype=torch.float32)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, hf(**inputs).logits, rtol=1e-5, atol=1e-5)
+    ours, theirs = dict(hf.model.vision_tower.state_dict()), dict(merged.model.vision_tower.state_dict())
+    assert all(torch.equal(ours[name], item) for name, item in theirs.items())
+
+
+@pytest.mark.requirement("A-15")
+def test_the_saved_model_is_prompted_as_it_was_trained(lora_run: Run) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(lora_run.output / "model")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWho?"}]}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text.startswith("A chat between a curious user") and text.endswith(" USER: <image>\nWho? ASSISTANT:")
+
+
+def test_full_tuning_learns_and_trains_everything(files: Files, tmp_path: Path) -> None:
+    values = {"output": str(tmp_path / "run"), **tune(files)}
+    loader = {"global_batch": 24, "micro_batch": 24, "epochs": None, "steps": 12}
+    recipe = write(tmp_path / "recipe.yaml", values, loader=loader, train={"save_every": 100}, lr=1e-2)
+    seed_everything(0)
+    before = {name: item.clone() for name, item in build_tune(read_recipe(recipe)).scorer.hf.named_parameters()}
+    done = triptych("train", recipe)
+    assert done.status == 0, done.err
+    steps = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in steps if line["event"] == "step"]
+    assert losses[-1] < 0.8 * losses[0]
+    after = dict(AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model").named_parameters())
+    moved = [name for name, item in before.items() if name in after and not torch.equal(item, after[name])]
+    assert len(moved) == len(before)
