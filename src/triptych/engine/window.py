@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -171,39 +171,73 @@ class Feed:
         return batch
 
 
+class _Numbers:
+    """0-d tensors in the order they came, copied into blocks on the device.
+
+    Kept one by one, they would lie between the large tensors of the passes and, on a CPU, stop the heap from using
+    their space again: it would grow with every micro-batch.
+    """
+
+    _BLOCK = 1024
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._count = 0
+
+    def add(self, value: Tensor) -> int:
+        """Copy a number; its place."""
+        place = self._count
+        if place % self._BLOCK == 0:
+            self._blocks.append(torch.zeros(self._BLOCK, dtype=torch.float64, device=value.device))
+        self._blocks[-1][place % self._BLOCK] = value.detach()
+        self._count += 1
+        return place
+
+    def fetch(self) -> list[float]:
+        """All numbers, in one transfer."""
+        return torch.cat(self._blocks)[: self._count].tolist() if self._blocks else []
+
+
 @dataclass
 class Tally:
     """Sums of a window, kept on the device until `finish` so that no micro-batch waits for a transfer."""
 
     objective: Objective
     plan: WindowPlan
-    _terms: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)
-    _metrics: list[Mapping[str, tuple[Tensor, Tensor]]] = field(default_factory=list)
-    _suspects: list[tuple[int, Tensor]] = field(default_factory=list)
+    _numbers: _Numbers = field(default_factory=_Numbers)
+    _terms: list[tuple[int, str, int]] = field(default_factory=list)
+    """(micro-batch, term, place of the number)."""
+    _metrics: list[tuple[str, int, int]] = field(default_factory=list)
+    """(metric, place of the sum, place of the weight)."""
+    _observed: list[tuple[int, int]] = field(default_factory=list)
+    """(micro-batch, place of 1 where what it observed is finite, else of 0)."""
 
     def add_terms(self, micro_batch: int, terms: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's sums; those of weight 0 do not count."""
         _check_known(terms, self.plan.coefficients)
-        counted = {name: term.detach().double() for name, term in terms.items() if self.plan.weights[name] != 0}
-        self._terms.append((micro_batch, counted))
+        for name, term in terms.items():
+            if self.plan.weights[name] != 0:
+                self._terms.append((micro_batch, name, self._numbers.add(term)))
 
     def add_metrics(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add a micro-batch's metric sums and weights."""
-        self._metrics.append(metrics)
+        for name, (total, weight) in metrics.items():
+            self._metrics.append((name, self._numbers.add(total), self._numbers.add(weight)))
 
     def add_observed(self, micro_batch: int, values: Mapping[str, Tensor]) -> None:
         """Note whether what was observed is finite: in a coupled loss one bad micro-batch spoils all others."""
         flags = [value.isfinite().all() for value in values.values()]
-        self._suspects.append((micro_batch, torch.stack(flags).all()))
+        self._observed.append((micro_batch, self._numbers.add(torch.stack(flags).all())))
 
     def finish(self, data_seconds: float) -> WindowResult:
         """Reduce over ranks."""
-        terms = self._local_terms()
-        blamed = [index for index, finite in self._suspects if not bool(finite)]
+        numbers = self._numbers.fetch()
+        terms = self._local_terms(numbers)
+        blamed = [index for index, place in self._observed if not numbers[place]]
         faulty = [index for index, sums in terms.items() if not all(map(math.isfinite, sums.values()))]
         share = _Share(
             terms=_add_all(list(terms.values())),
-            metrics=self._local_metrics(),
+            metrics=self._local_metrics(numbers),
             data_seconds=data_seconds,
             observed=[self._non_finite(index, terms) for index in blamed],
             losses=[self._non_finite(index, terms) for index in faulty],
@@ -235,25 +269,19 @@ class Tally:
             non_finite=observed or losses,
         )
 
-    def _local_terms(self) -> dict[int, dict[str, float]]:
-        """Micro-batch -> term -> sum, fetched in one transfer."""
-        flat = [term for _, terms in self._terms for term in terms.values()]
-        numbers = iter(torch.stack(flat).tolist() if flat else [])
+    def _local_terms(self, numbers: Sequence[float]) -> dict[int, dict[str, float]]:
+        """Micro-batch -> term -> sum."""
         result: dict[int, dict[str, float]] = {}
-        for index, terms in self._terms:
+        for index, name, place in self._terms:
             sums = result.setdefault(index, {})
-            for name in terms:
-                sums[name] = sums.get(name, 0.0) + next(numbers)
+            sums[name] = sums.get(name, 0.0) + numbers[place]
         return result
 
-    def _local_metrics(self) -> dict[str, tuple[float, float]]:
-        flat = [number.detach().double() for group in self._metrics for pair in group.values() for number in pair]
-        numbers = iter(torch.stack(flat).tolist() if flat else [])
+    def _local_metrics(self, numbers: Sequence[float]) -> dict[str, tuple[float, float]]:
         result: dict[str, tuple[float, float]] = {}
-        for group in self._metrics:
-            for name in group:
-                total, weight = result.get(name, (0.0, 0.0))
-                result[name] = (total + next(numbers), weight + next(numbers))
+        for name, total_place, weight_place in self._metrics:
+            total, weight = result.get(name, (0.0, 0.0))
+            result[name] = (total + numbers[total_place], weight + numbers[weight_place])
         return result
 
     def _non_finite(self, index: int, terms: Mapping[int, Mapping[str, float]]) -> NonFinite:

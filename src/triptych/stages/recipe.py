@@ -62,9 +62,9 @@ class VlmRecipe(StageRecipe):
     model: VlmConfig
     """A model to load, or the parts to compose one of."""
     template: str = "model"
-    """Conversation template: a name of the table in `data/templates.py`, or `model` for the model's own. It is saved with
-    the model as a Jinja chat template. `plain` makes a captioning model: its prompt is the picture alone, and the words
-    of a user are left out when it is used, too."""
+    """Conversation template: a name of the table in `data/templates.py`, or `model` for the model's own. It is saved
+    with the model as a Jinja chat template. `plain` makes a captioning model: its prompt is the picture alone, and the
+    words of a user are left out when it is used, too."""
     max_length: int = Field(default=2048, ge=8)
     """Longest row in tokens, picture tokens included; longer rows are reported, never cut."""
 

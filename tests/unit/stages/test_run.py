@@ -28,7 +28,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(files: Files, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.requirement("G-3")
+@pytest.mark.requirement("G-7")
 def test_a_run_resumes_and_a_changed_recipe_is_refused_by_its_keys(files: Files, tmp_path: Path) -> None:
     file, run = recipe(files, tmp_path), tmp_path / "run"
     assert triptych("train", file).status == 0

@@ -17,7 +17,7 @@ from triptych.models.adapters import load_adapters, merge_adapters
 from triptych.stages.tune import build_tune
 
 
-@pytest.mark.requirement("E-5", "E-15")
+@pytest.mark.requirement("E-34")
 def test_lora_on_layer_ranges_ends_with_a_model_and_its_adapters(lora_run: Run) -> None:
     names = {item.name for item in lora_run.output.iterdir()}
     assert {"model", "adapters", "checkpoints", "recipe.yaml", "finished.json"} <= names
@@ -40,7 +40,7 @@ def test_added_tokens_are_trained_and_the_plan_says_so(lora_run: Run) -> None:
     assert moved == ids
 
 
-@pytest.mark.requirement("E-10")
+@pytest.mark.requirement("E-38")
 def test_merged_model_equals_base_with_adapters_and_frozen_parts_are_untouched(lora_run: Run) -> None:
     recipe = read_recipe(lora_run.recipe)
     seed_everything(recipe.train.seed)
