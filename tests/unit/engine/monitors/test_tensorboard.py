@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def test_points_come_every_two_steps_and_a_resume_replaces_what_came_after_it(tm
         killed.on_step(record(step, float(step)))
     killed.on_evaluation(Progress(2, 9), {"accuracy": 0.5})
     killed.on_end(Progress(6, 9), None)
+    time.sleep(1.1)  # files are read in the order of the second in their names
 
     resumed = TensorBoardMonitor(TensorBoardConfig(), tmp_path, 2)
     resumed.on_start(Progress(3, 9))
