@@ -47,6 +47,6 @@ requirements: $(DEV)  ## which requirement rows the tests show
 bench: $(DEV)
 	$(BIN)/python -m benchmarks $(ARGUMENTS)
 
-clean:
-	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache src/*.egg-info
+clean:  ## everything that can be made again; runs/ is yours
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,8 +15,8 @@ import yaml
 
 from triptych import cli
 from triptych.core.config import load_tree, validate
-from triptych.stages import STAGES
 from triptych.stages.pipeline import find_stage
+from triptych.stages.table import STAGES
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+INTERRUPTED = 130
+"""Exit status that typer turns Ctrl-C into."""
+
 Recipe = Annotated[Path, typer.Argument(help="Recipe or pipeline file (YAML).", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -56,7 +59,7 @@ def train(
 def check(
     recipe: Recipe,
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(help="Rows to show with their token weights.")] = 1,
+    samples: Annotated[int, typer.Option(min=0, help="Rows to show with their token weights.")] = 1,
 ) -> None:
     """Read every row and decode every picture; show token weights and what trains. Exit 1 on errors."""
     _quiet()
@@ -73,8 +76,8 @@ def evaluate(
     images: Annotated[Path | None, typer.Option(help="Image root; default: the folder of the data file.")] = None,
     format: Annotated[str, typer.Option(help="Format of the data file.")] = "llava",
     output: Annotated[Path | None, typer.Option(help="Write one JSON line per sample here.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use the first rows only.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first rows only.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
 ) -> None:
     """Answer the questions of a data file and score the answers (exact match by task)."""
     _quiet()
@@ -89,7 +92,7 @@ def chat(
     image: Annotated[Path | None, typer.Option(help="Picture to start with.")] = None,
     terminal: Annotated[bool, typer.Option("--terminal", help="Talk in the terminal (the only form so far).")] = True,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
 ) -> None:
     """Talk with a model about a picture; `/image PATH` adds one, `/reset` starts over, `/exit` leaves."""
     _quiet()
@@ -145,15 +148,23 @@ def _version(
 
 
 def main() -> None:
-    """Entry point: errors meant for the user are printed without a traceback; exit status 1."""
+    """Entry point: errors meant for the user are printed without a traceback.
+
+    Exit status: 0 all is well, 1 an error, 2 a wrong command line, 130 interrupted.
+    """
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         app()
     except TriptychError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
+        errors.print(f"error: {error}", markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command resumes", markup=False)
-        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that may not be written
+        errors.print(f"error: {error}", markup=False)
+        sys.exit(1)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            errors.print("interrupted; the same command resumes a training run", markup=False)
+        raise
 
 
 if __name__ == "__main__":

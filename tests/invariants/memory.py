@@ -27,14 +27,14 @@ from triptych.objectives.contrastive import ContrastiveConfig, ContrastiveObject
 
 MICRO_BATCH = 64
 PICTURES = 64
-VISION = {
+VISION = {  # the tower of recipes/cc12m_contrastive.yaml
     "model_type": "siglip_vision_model",
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "num_hidden_layers": 3,
+    "hidden_size": 192,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "image_size": 64,
-    "patch_size": 8,
+    "image_size": 96,
+    "patch_size": 16,
 }
 TEXT = {
     "model_type": "bert",
@@ -58,6 +58,9 @@ class Pairs:
 
     def origin(self, index: int) -> Origin:
         return Origin("pairs.csv", index + 1)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {}
 
     def sample(self, index: int) -> Sample:
         picture: ImageReference = resolve_image(self.folder, f"{index % PICTURES}.png")
@@ -105,7 +108,7 @@ def main(pairs: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for number in range(PICTURES):
-        noise(64, 64, seed=number).save(folder / f"{number}.png")
+        noise(96, 96, seed=number).save(folder / f"{number}.png")
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     towers = {"vision": {"config": VISION}, "text": {"config": TEXT, "tokenizer": str(folder / "tokenizer")}}
     loaded = load_dual_encoder(DualEncoderConfig.model_validate({**towers, "projection_dim": 64}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -34,7 +35,8 @@ def check(server: CommandServer, folder: Path, recipe: dict[str, Any]) -> Outcom
 
 def conversations(files: Files, data: dict[str, Any]) -> dict[str, Any]:
     """A recipe of one data set."""
-    recipe = {**tune(files), "max_length": MAX_LENGTH, "data": [data]}
+    recipe = {**copy.deepcopy(tune(files)), "max_length": MAX_LENGTH, "data": [data]}
+    recipe["model"]["language"]["config"]["max_position_embeddings"] = 2048
     del recipe["evaluation"]
     return {**recipe, "train": {}}
 

@@ -12,6 +12,7 @@ import pytest
 from tests.commands import triptych, write
 from tests.recipes.tiny_recipes import tune, write_files
 from triptych import __version__
+from triptych.stages import pipeline
 
 COMMANDS = ("train", "check", "eval", "chat", "export", "scenes", "doctor")
 
@@ -98,3 +99,33 @@ def test_a_fresh_process_prints_nothing_but_our_own(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert max(len(line) for line in done.stdout.splitlines() if "step-" not in line and "model:" not in line) <= 100
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; the same command resumes a training run"),
+        (OSError(28, "No space left on device", "run/log.jsonl"), 1, "error: [Errno 28] No space left on device"),
+    ],
+)
+def test_ends_that_are_nobody_s_mistake(
+    error: BaseException, status: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "train", stop)
+    done = triptych("train", tmp_path / "recipe.yaml")
+    assert done.status == status and done.err.splitlines()[-1].startswith(said) and "Traceback" not in done.err
+
+
+def test_a_wrong_command_line_is_status_2() -> None:
+    for arguments in (["trian"], ["eval", "a", "b", "--limit", "0"], ["check", "a", "--samples", "-1"]):
+        done = triptych(*arguments)
+        assert done.status == 2 and "Traceback" not in done.err
+
+
+def test_an_override_of_an_unknown_section_is_blamed_on_the_command_line(tmp_path: Path) -> None:
+    file = write(tmp_path / "recipe.yaml", {"stage": "tune", "output": "x"})
+    done = triptych("train", file, "lodaer.seed=3")
+    assert "command line: lodaer: unknown key `lodaer`" in done.err and "did you mean `loader`?" in done.err

@@ -43,6 +43,8 @@ class ConfigTree:
                 return "command line", None
             if key in self.lines:
                 return str(self.path), self.lines[key]
+            if any(item[: len(key)] == key for item in self.overridden):
+                return "command line", None
             key = key[:-1]
         return str(self.path), None
 
@@ -105,7 +107,8 @@ def validate(schema: type[ConfigType], tree: ConfigTree) -> ConfigType:
     try:
         return schema.model_validate(tree.values)
     except ValidationError as error:
-        raise ConfigError([_to_problem(schema, tree, item) for item in error.errors()]) from error
+        found = [item for item in error.errors() if not _is_consequence(item)]
+        raise ConfigError([_to_problem(schema, tree, item) for item in found]) from error
 
 
 def config_problem(tree: ConfigTree, key: KeyPath, message: str, remedy: str | None = None) -> Problem:
@@ -163,6 +166,11 @@ def _similar_files(path: Path) -> str:
         return f"the folder {path.parent} does not exist"
     names = [item.name for item in path.parent.glob("*.yaml")]
     return did_you_mean(path.name, names) if names else f"there is no .yaml file in {path.parent}"
+
+
+def _is_consequence(error: Any) -> bool:
+    """Whether a list is too short only because its items are wrong, which is reported for each."""
+    return bool(error["type"] == "too_short" and len(error["input"]) > error["ctx"]["actual_length"])
 
 
 def _to_problem(schema: type[Config], tree: ConfigTree, error: Any) -> Problem:

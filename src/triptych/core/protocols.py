@@ -172,7 +172,3 @@ class PictureProcessor(Protocol):
     def pixels(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
         """Vision inputs for RGB pictures, in order, by the model's own argument names."""
         ...
-
-    def fingerprint(self) -> str:
-        """Changes when the same picture would become other pixels or tokens."""
-        ...

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -55,16 +55,37 @@ class Origin:
         return f"{self.file}:{self.line}" + (f" ({self.id})" if self.id else "")
 
 
+class PictureRows(Protocol):
+    """A table whose pictures are read when they are needed."""
+
+    def read_picture(self, cell: tuple[int | str, ...]) -> bytes:
+        """The encoded bytes in a cell; see `ImageReference.cell`."""
+        ...
+
+
 @dataclass(frozen=True)
 class ImageReference:
-    """A picture not yet decoded: a file inside the image root, or encoded bytes."""
+    """A picture not yet decoded: a file inside the image root, a slice of a file, a cell of a table, or bytes."""
 
     path: str | None = None
-    """Absolute, already resolved path; None when `data` holds the bytes."""
+    """Absolute, already resolved path; None when the picture is in `rows` or `data`."""
     data: bytes | None = field(default=None, repr=False)
-    """Encoded bytes (JPEG, PNG, ...) of rows that carry their pictures."""
+    """Encoded bytes (JPEG, PNG, ...) of rows that carry their pictures as text; all others are read when needed."""
     name: str = ""
     """The spelling in the record, for messages."""
+    offset: int | None = None
+    """First byte of the picture inside the file, such as a tar; None when it is the whole file."""
+    size: int | None = None
+    """Bytes of the picture; given with `offset`."""
+    rows: PictureRows | None = field(default=None, repr=False)
+    """Table that holds the picture."""
+    cell: tuple[int | str, ...] = ()
+    """Where in `rows`: the row, the column, and the keys and positions inside the column's value."""
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for two spellings of one picture: where it is, or its bytes."""
+        return self.path, self.offset, self.rows, self.cell, self.data
 
 
 @dataclass(frozen=True)

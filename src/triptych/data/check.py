@@ -19,7 +19,7 @@ from triptych.core.errors import DataError, Problem
 from triptych.core.protocols import PictureProcessor
 from triptych.core.types import IGNORE, Example, ImageReference, Origin, Sample
 from triptych.data.formats import AnyDatasetConfig, Dataset, located, open_dataset
-from triptych.data.images import decode, describe
+from triptych.data.images import decode, describe, read_encoded
 
 Level = Literal["error", "warning"]
 Encode = Callable[[Sample], Example]
@@ -90,7 +90,10 @@ class CheckReport:
         return any(finding.level == "error" for finding in self.findings)
 
     def render(self, most: int = 50) -> RenderableType:
-        """Rich tables: data sets, tasks, token lengths, and the first `most` findings, errors first."""
+        """Rich tables: data sets, tasks, token lengths, and the first `most` findings, errors first.
+
+        Print it with `soft_wrap=True`: lines then keep `file:line` whole however narrow the console.
+        """
         parts: list[RenderableType] = [_places(self.summary), _datasets_table(self.summary)]
         if any(item.lengths for item in self.summary):
             parts.append(_tokens_table(self.summary))
@@ -139,9 +142,10 @@ def check_datasets(
     """
     collected = list(findings)
     decoder = _PictureCheck(pictures)
+    contents: dict[bytes, tuple[Dataset, Origin]] = {}
     summaries = []
     for dataset in datasets:
-        walk = _Walk(dataset, encode, decoder)
+        walk = _Walk(dataset, encode, decoder, contents)
         for index in range(len(dataset)):
             walk.visit(index)
             if advance:
@@ -157,10 +161,19 @@ class _PictureCheck:
     def __init__(self, pictures: PictureProcessor | None) -> None:
         self._pictures = pictures
         self._outcomes: dict[str | bytes, Problem | None] = {}
+        self._contents: dict[tuple[object, ...], bytes] = {}
 
     def key(self, reference: ImageReference) -> str | bytes:
         """Identity of a picture: its file, or a digest of its bytes."""
-        return reference.path or hashlib.blake2b(reference.data or b"", digest_size=16).digest()
+        return reference.path if reference.path and reference.offset is None else self.content(reference)
+
+    def content(self, reference: ImageReference) -> bytes:
+        """Digest of the encoded picture; of one that is on disk it is made once."""
+        if reference.data is not None:
+            return _digest(reference.data)
+        if reference.identity not in self._contents:
+            self._contents[reference.identity] = _digest(read_encoded(reference))
+        return self._contents[reference.identity]
 
     def problem(self, reference: ImageReference) -> Problem | None:
         """What is wrong with a picture."""
@@ -192,6 +205,8 @@ class _Walk:
     dataset: Dataset
     encode: Encode | None
     decoder: _PictureCheck
+    contents: dict[bytes, tuple[Dataset, Origin]]
+    """Digest of a row's content -> its first place, over all data sets."""
     findings: list[Finding] = field(default_factory=list)
     errors: int = 0
     broken: int = 0
@@ -200,7 +215,6 @@ class _Walk:
     different: set[str | bytes] = field(default_factory=set)
     tasks: Counter[str] = field(default_factory=Counter)
     ids: dict[str, Origin] = field(default_factory=dict)
-    contents: dict[bytes, Origin] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
     supervised: int = 0
     unsupervised: list[Origin] = field(default_factory=list)
@@ -256,15 +270,21 @@ class _Walk:
         self.errors += len(problems) if level == "error" else 0
 
     def _check_repetition(self, sample: Sample) -> None:
-        """The same conversation about the same pictures twice: allowed, but rarely meant."""
+        """The same conversation about the same pictures twice: allowed, but rarely meant.
+
+        Pictures are compared by content: the held-out copy of a training picture is another file.
+        """
         answers = sample.preference.answers if sample.preference else ()
-        pictures = [self.decoder.key(image) for image in sample.images]
+        pictures = [self.decoder.content(image) for image in sample.images]
         turns = [[(turn.role, turn.text) for turn in messages] for messages in (sample.messages, *answers)]
-        digest = hashlib.blake2b(repr((pictures, turns)).encode(), digest_size=16).digest()
-        first = self.contents.setdefault(digest, sample.origin)
+        digest = _digest(repr((pictures, turns)).encode())
+        dataset, first = self.contents.setdefault(digest, (self.dataset, sample.origin))
         if first is not sample.origin:
             message = f"the row repeats {first.file}:{first.line}"
             remedy = "drop one of them, unless it is meant to count twice"
+            if dataset is not self.dataset:
+                message += " of another data set"
+                remedy = "drop one of them: a held-out row that is trained on measures nothing"
             self._report(DataError(Problem(message, remedy=remedy)), sample.origin, "warning")
 
     def _check_id(self, origin: Origin) -> None:
@@ -294,6 +314,10 @@ class _Walk:
         self.supervised += supervised
         if not supervised:
             self.unsupervised.append(sample.origin)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def summarise_lengths(lengths: Sequence[int]) -> LengthSummary:

@@ -126,10 +126,10 @@ def _expand(example: Example, branch: Branch, index: int, numbers: Sequence[int]
 
 def _number_images(references: Sequence[ImageReference], images: list[ImageReference]) -> list[int]:
     """Append the different pictures of one example to `images`; return the position of each reference there."""
-    known: dict[tuple[str | None, bytes | None], int] = {}
+    known: dict[tuple[object, ...], int] = {}
     numbers = []
     for reference in references:
-        key = (reference.path, reference.data)
+        key = reference.identity
         if key not in known:
             known[key] = len(images)
             images.append(reference)

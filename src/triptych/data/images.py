@@ -107,6 +107,23 @@ def decode(reference: ImageReference) -> Image.Image:
         return _to_rgb(upright, reference)
 
 
+def read_encoded(reference: ImageReference) -> bytes:
+    """The encoded bytes of a picture, read anew each time.
+
+    Raises:
+        OSError: its file cannot be read.
+    """
+    if reference.data is not None:
+        return reference.data
+    if reference.rows is not None:
+        return reference.rows.read_picture(reference.cell)
+    assert reference.path is not None, "an ImageReference says where its picture is"
+    # Opened for every read: no file position is shared between threads.
+    with open(reference.path, "rb") as stream:
+        stream.seek(reference.offset or 0)
+        return stream.read(-1 if reference.size is None else reference.size)
+
+
 def describe(reference: ImageReference) -> str:
     """How messages name a picture."""
     return f"`{_shorten(reference.name or reference.path or '')}`"
@@ -144,10 +161,9 @@ def _opened(reference: ImageReference) -> Iterator[tuple[Image.Image, IO[bytes]]
 
 
 def _open_stream(reference: ImageReference) -> IO[bytes]:
-    if reference.data is not None:
-        return io.BytesIO(reference.data)
-    assert reference.path is not None, "an ImageReference has a path or data"
-    return open(reference.path, "rb")
+    if reference.path is not None and reference.offset is None:
+        return open(reference.path, "rb")
+    return io.BytesIO(read_encoded(reference))
 
 
 def _to_rgb(image: Image.Image, reference: ImageReference) -> Image.Image:

@@ -11,7 +11,6 @@ Which rows a window holds follows from its number alone, so the state is that nu
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from triptych.core.types import Batch, Example, ImageReference, Origin, Sample, 
 from triptych.data.collate import blank_example, collate, make_padding
 from triptych.data.images import decode
 from triptych.data.mixture import Mixture
+from triptych.data.row_report import RowReport
 from triptych.data.tokenize import at_row
 
 
@@ -43,6 +43,10 @@ class Rows(Protocol):
 
     def sample(self, index: int) -> Sample:
         """Read one row; raises DataError."""
+        ...
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """Data file -> digest that changes with its content."""
         ...
 
     def origin(self, index: int) -> Origin:
@@ -120,8 +124,10 @@ class Loader:
         self._world_size = world_size
         self._kind_weights = kind_weights
         self._windows_per_epoch = math.ceil(mixture.epoch_length / config.global_batch)
+        self._report = RowReport(config.report) if config.report is not None else None
+        self._files = [dict(dataset.fingerprint()) for dataset in datasets]
         self._yielded = 0
-        self._decoded: set[str] = set()
+        self._decoded: set[tuple[object, ...]] = set()
         self._decoders = ThreadPoolExecutor(config.decode_threads, "triptych-decode")
         self._pixels = _PixelPrefetch(self._make_pixels, config.prefetch > 0)
 
@@ -140,8 +146,11 @@ class Loader:
             DataError: a row cannot be used and `on_bad_row` is `stop`.
         """
         self._pixels.forget()
+        if self._report is not None:
+            self._report.keep_before(self._yielded)
         for prepared, following in self._run_ahead(self._yielded):
-            self._report(prepared.problems)
+            if self._report is not None:
+                self._report.add(prepared.window.index, prepared.problems)
             self._pixels.expect(prepared.window.batches, following)
             self._yielded = prepared.window.index + 1
             yield prepared.window
@@ -169,12 +178,16 @@ class Loader:
         Raises:
             CheckpointError: seed, global batch or data differ, so that the order would be another one.
         """
+        remedy = "resume with the same data and batch size, or start a new run from the checkpoint's weights"
         for name, value in self._identity().items():
-            if state[name] != value:
-                raise CheckpointError(
-                    f"the checkpoint was made with {name} {state[name]}, this run has {value}",
-                    remedy="resume with the same data and batch size, or start a new run from the checkpoint's weights",
-                )
+            if name != "files" and state[name] != value:
+                message = f"the checkpoint was made with {name} {state[name]}, this run has {value}"
+                raise CheckpointError(message, remedy=remedy)
+        for saved, present in zip(state["files"], self._files, strict=True):
+            for file in sorted({*saved, *present}):
+                if saved.get(file) != present.get(file):
+                    change = "is new" if file not in saved else "is gone" if file not in present else "has changed"
+                    raise CheckpointError(f"the data file {change} since the checkpoint", file=file, remedy=remedy)
         self._yielded = int(state["windows"])
 
     def _identity(self) -> dict[str, Any]:
@@ -183,6 +196,7 @@ class Loader:
             "global_batch": self._config.global_batch,
             "rows": [len(dataset) for dataset in self._datasets],
             "draws": list(self._mixture.quotas),
+            "files": self._files,
         }
 
     def _run_ahead(self, first: int) -> Iterator[tuple[_Prepared, Future[_Prepared] | None]]:
@@ -253,22 +267,14 @@ class Loader:
         if self._config.on_bad_row == "stop":
             return
         for reference in example.images:
-            if reference.path is None or reference.path not in self._decoded:
+            if reference.data is not None or reference.identity not in self._decoded:
                 _decode_for(reference, example.origin)
-                self._decoded |= {reference.path} if reference.path else set()
+                self._decoded |= {reference.identity} if reference.data is None else set()
 
     def _make_padding(self, positions: Sequence[int]) -> Batch:
         """A batch that counts nothing, made from the first usable row of the whole window."""
         example = next(self._load(positions, []), None) or blank_example()
         return make_padding(collate([example], self._kind_weights))
-
-    def _report(self, problems: Sequence[Problem]) -> None:
-        if problems and self._config.report is not None:
-            self._config.report.parent.mkdir(parents=True, exist_ok=True)
-            with self._config.report.open("a", encoding="utf-8") as stream:
-                for problem in problems:
-                    line = {"file": problem.file, "line": problem.line, "message": problem.message}
-                    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _make_pixels(self, batch: Batch) -> dict[str, Tensor]:
         if self._pictures is None:

@@ -12,6 +12,7 @@ import itertools
 import json
 import tarfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from triptych.core.config import did_you_mean
 from triptych.core.errors import DataError, Problem
+from triptych.core.types import ImageReference
 from triptych.data.tables import DelimitedRows, parse_json
 
 Row = dict[str, Any]
@@ -67,6 +69,17 @@ def open_source(path: Path, name: str) -> RowSource:
     siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
     remedy = did_you_mean(path.name, siblings) if siblings else f"the folder {path.parent} does not exist or is empty"
     raise DataError(Problem("data file not found", file=name, remedy=remedy))
+
+
+def data_files(path: Path, name: str) -> dict[str, Path]:
+    """The files that hold the rows `open_source` finds: how messages call each, and where it is."""
+    if path.is_file():
+        return {name: path}
+    if not path.is_dir():
+        return {match: Path(match) for match in sorted(glob.glob(str(path)))}
+    # One level down are the splits of a saved data set.
+    found = sorted(item for item in (*path.iterdir(), *path.glob("*/*.arrow")) if item.suffix.lower() in _DATA_SUFFIXES)
+    return {f"{name.rstrip('/')}/{item.relative_to(path)}": item for item in found if item.is_file()}
 
 
 class JsonListRows:
@@ -132,7 +145,10 @@ class JsonLinesRows:
 
 
 class ArrowRows:
-    """Rows of a Hugging Face data set, pictures left encoded. Memory-mapped."""
+    """Rows of a Hugging Face data set, memory-mapped.
+
+    Bytes in a row, plain or as `{"bytes", "path"}`, become references to their cell, so that no window holds them.
+    """
 
     def __init__(self, dataset: Any, name: str) -> None:
         # The arrow format bypasses the library's feature decoding, which would decode every picture of a row.
@@ -147,14 +163,36 @@ class ArrowRows:
 
     def row(self, index: int) -> Row:
         row: Row = self._table[index].to_pylist()[0]
-        return row
+        return {key: self._refer(value, (index, key)) for key, value in row.items()}
+
+    def read_picture(self, cell: tuple[int | str, ...]) -> bytes:
+        """The bytes that `row` left out."""
+        row, column, *keys = cell
+        value = self._table[row].column(column)[0].as_py()
+        for key in keys:
+            value = value[key]
+        assert isinstance(value, bytes)
+        return value
+
+    def _refer(self, value: Any, cell: tuple[int | str, ...]) -> Any:
+        if isinstance(value, bytes) and value:
+            return ImageReference(name=f"picture bytes of {self._name}:{int(cell[0]) + 1}", rows=self, cell=cell)
+        if isinstance(value, list):
+            return [self._refer(item, (*cell, number)) for number, item in enumerate(value)]
+        if isinstance(value, dict):
+            inner = {key: self._refer(item, (*cell, key)) for key, item in value.items()}
+            picture = inner.get("bytes")
+            if isinstance(picture, ImageReference):
+                return replace(picture, name=value.get("path") or picture.name)
+            return inner
+        return value
 
 
 class WebdatasetRows:
     """Samples of a plain tar: members that share a path up to the first dot of the file name.
 
-    A row is `{"__key__": path, extension: bytes, ...}` with `txt` decoded and `json` parsed; everything else stays
-    bytes, so nothing in a tar is ever executed.
+    A row is `{"__key__": path, extension: ..., ...}` with `txt` decoded and `json` parsed; every other member is a
+    reference to its bytes in the tar, which are not read here, and nothing in a tar is ever executed.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -175,6 +213,7 @@ class WebdatasetRows:
             remedy = "fetch the file again if it is incomplete; unpack it if it is compressed"
             raise DataError(Problem(message, file=name, remedy=remedy)) from error
         self._groups = list(groups.items())
+        self._file = str(path.resolve())
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -192,13 +231,15 @@ class WebdatasetRows:
             raise DataError(Problem(message, file=file, line=line, remedy="write each member once"))
         row: Row = {"__key__": key}
         for extension, start, size in entries:
+            if extension not in ("json", "txt"):
+                member = f"{key}.{extension}"
+                row[extension] = ImageReference(self._file, name=member, offset=start, size=size) if size else b""
+                continue
             data = _read_range(self._path, start, start + size)
             if extension == "json":
                 row[extension] = parse_json(data, file, line, member=f"{key}.json")
-            elif extension == "txt":
-                row[extension] = _decode_member(data, f"{key}.txt", file, line)
             else:
-                row[extension] = data
+                row[extension] = _decode_member(data, f"{key}.txt", file, line)
         return row
 
 
@@ -271,6 +312,9 @@ _OPENERS: dict[str, Callable[[Path, str], RowSource]] = {
     ".parquet": _open_parquet,
     ".tar": WebdatasetRows,
 }
+
+
+_DATA_SUFFIXES = (*_OPENERS, ".arrow")
 
 
 def _open_file(path: Path, name: str) -> RowSource:

@@ -38,6 +38,7 @@ from triptych.data.text import TextEncoder
 ImageSize = Callable[[ImageReference], tuple[int, int]]
 """Picture -> (width, height) as decoded."""
 
+_PROMPT = Origin("prompt", 1)
 _NO_PICTURES = "<image>"
 """Placeholder handed to the template of a model without pictures; never written."""
 
@@ -158,13 +159,16 @@ class ConversationEncoder:
                     )
             return _build_tree(rows, _common_prefix(rows), sample)
 
-    def encode_prompt(self, messages: Sequence[Message]) -> Example:
+    def encode_prompt(self, messages: Sequence[Message], origin: Origin = _PROMPT) -> Example:
         """Tokenise what the model is to answer: a trunk with the generation prompt and one empty branch, no labels.
+
+        Args:
+            messages: what comes before the answer.
+            origin: the row it was taken from, for errors.
 
         Raises:
             DataError: as `encode`.
         """
-        origin = Origin("prompt", 1)
         with at_row(origin):
             row = self.encode_segments(
                 self.template.segments(messages, add_generation_prompt=True, supervise_from=len(messages))
@@ -270,6 +274,11 @@ class CaptionEncoder:
             if len(sample.images) != 1:
                 raise DataError(
                     f"{len(sample.images)} pictures, a dual encoder takes exactly 1", remedy="drop or split the row"
+                )
+            if sample.weight != 1:
+                raise DataError(
+                    f"the row has weight {sample.weight}, but a contrastive loss weighs all pairs alike",
+                    remedy="remove the weight; `weight:` of a data set decides how often its rows are drawn",
                 )
             caption = " ".join(message.text.strip() for message in sample.messages if message.role == "assistant")
             if not caption.strip():

@@ -40,7 +40,7 @@ from triptych.engine.state import plain
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout above."""
 
 MAY_CHANGE = (
@@ -50,8 +50,15 @@ MAY_CHANGE = (
     "train.log_every",
     "train.evaluate_every",
     "train.monitors",
+    "loader.on_bad_row",
+    "loader.prefetch",
+    "loader.decode_threads",
+    "loader.report",
 )
 """Keys that may differ on resume: none of them can change a weight. All others make it another run."""
+
+EVALUATION = ("evaluation.batch", "evaluation.show", "evaluation.max_new_tokens", "evaluation.answers")
+"""Keys that may differ as well where no evaluation chooses the best checkpoint, or none was made yet."""
 
 _STEP = re.compile(r"step-(\d{8,})")
 _WRITING, _DELETING = ".writing-", ".deleting-"
@@ -90,17 +97,10 @@ class Checkpoints:
     not be exact.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        recipe: Mapping[str, Any],
-        keep_last: int,
-        may_change: Sequence[str] = MAY_CHANGE,
-    ) -> None:
+    def __init__(self, folder: Path, recipe: Mapping[str, Any], keep_last: int) -> None:
         self.folder = folder
         self._recipe = json.loads(json.dumps(recipe, default=str))
         self._keep_last = keep_last
-        self._may_change = tuple(may_change)
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint taken after `step` steps."""
@@ -210,7 +210,14 @@ class Checkpoints:
                 remedy=f"start {manifest['world_size']} ranks, or another output folder for a new run",
             )
         saved = json.loads((path / "recipe.json").read_text(encoding="utf-8"))
-        changed = [text for text in differing_keys(saved, self._recipe) if not self._may(text.partition(": ")[0])]
+        may_change: tuple[str, ...] = MAY_CHANGE
+        if not manifest["summary"].get("evaluation"):
+            may_change += (*EVALUATION, "train.best")
+        elif not self._recipe.get("train", {}).get("best"):
+            may_change += EVALUATION
+        changed = [
+            text for text in differing_keys(saved, self._recipe) if not _is_in(text.partition(": ")[0], may_change)
+        ]
         if changed:
             raise CheckpointError(
                 [
@@ -222,9 +229,6 @@ class Checkpoints:
                     for text in changed
                 ]
             )
-
-    def _may(self, key: str) -> bool:
-        return any(key == allowed or key.startswith((f"{allowed}.", f"{allowed}[")) for allowed in self._may_change)
 
     def _set_links(self, best_step: int | None) -> None:
         steps = self.steps()
@@ -299,6 +303,10 @@ def find_damage(path: Path, checksums: bool = True) -> Problem | None:
         if checksums and _checksum(file) != checksum:
             return Problem("the content is not what was written (checksum)", file=str(file), remedy=remedy)
     return None
+
+
+def _is_in(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith((f"{section}.", f"{section}[")) for section in sections)
 
 
 def _write(folder: Path, snapshot: Snapshot, recipe: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ NOTE = "non-finite.json"
 """Name of the note inside the output folder."""
 
 _SHOWN = 20
-"""Samples named in the error; the note has them all."""
+"""Samples, or parameters of a group, named in an error."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def non_finite_error(
         groups: Groups whose parameters still hold the unclipped gradients.
         output: Folder of the run.
     """
-    here = [origin for batch in window.batches if not batch.is_padding for origin in batch.origins]
-    everywhere = [origin for origins in distributed.all_gather_objects(here) for origin in origins]
+    everywhere = _samples_everywhere(window)
     bad = [origin for item in result.non_finite for origin in item.origins]
     samples = list(dict.fromkeys(bad or everywhere))
     statistics = gradient_statistics({name: item for group in groups for name, item in group.parameters.items()})
@@ -79,24 +78,43 @@ def non_finite_error(
         output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(note, indent=2), encoding="utf-8")
     what = f"loss is {result.loss}" if result.non_finite else f"loss is {result.loss:.6g} but gradients are not finite"
-    return TrainingError([_headline(step, what, broken, groups, path), *_name_samples(samples)])
+    return TrainingError([_headline(step, what, broken, groups, path), *_name_samples(samples, f", see {NOTE}")])
+
+
+def empty_window_error(step: int, window: Window) -> TrainingError:
+    """The error for a window in which nothing has weight. Every rank must call it.
+
+    Args:
+        step: Steps taken so far; the window would have been the next.
+        window: This rank's window; the samples of all ranks are named.
+    """
+    samples = _samples_everywhere(window)
+    headline = Problem(
+        f"step {step + 1}: every term of the loss has weight 0 in this window of {len(samples)} samples,"
+        " so there is nothing to learn from it",
+        remedy="look at what is supervised in the samples below and at their weights: `triptych check`",
+    )
+    return TrainingError([headline, *_name_samples(samples)])
 
 
 class GradientReach:
-    """Sees to it that a gradient reaches every trainable parameter when a run starts.
+    """Sees to it that a gradient reaches every trainable parameter once.
 
     A parameter that none reaches is trained by nobody. A window without pictures may wait for one that has some, since
-    nothing of the vision side learns from text alone; after `PATIENCE` windows a parameter must have been reached.
+    nothing of the vision side learns from text alone; after `PATIENCE` windows, and at the end of a shorter run, a
+    parameter must have been reached. One that was is done with: the gradients of a trained model may vanish.
     """
 
     PATIENCE = 20
 
     def __init__(
-        self, check: Callable[[Mapping[str, nn.Parameter]], list[str]], parameters: Mapping[str, nn.Parameter]
+        self, check: Callable[[Mapping[str, nn.Parameter]], list[str]], groups: Sequence[ParameterGroup]
     ) -> None:
         self._check = check
-        self._parameters = parameters
-        self._unreached = list(parameters)
+        self._groups = groups
+        self._parameters = {name: item for group in groups for name, item in group.parameters.items()}
+        self.unreached = list(self._parameters)
+        """Names of the parameters that no window so far has reached; what must survive a resume."""
 
     def look(self, step: int, window: Window, result: WindowResult) -> None:
         """Look at the gradients of a window. Every rank must call it.
@@ -104,15 +122,30 @@ class GradientReach:
         Raises:
             TrainingError: names the parameters that no window so far has reached.
         """
-        if not self._unreached or not any(result.weights.values()):
+        if not self.unreached or not any(result.weights.values()):
             return
         names = set(self._check(self._parameters))
-        self._unreached = [name for name in self._unreached if name in names]
+        self.unreached = [name for name in self.unreached if name in names]
         has_pictures = any(distributed.all_gather_objects(any(batch.images for batch in window.batches)))
-        if self._unreached and (has_pictures or step + 1 >= self.PATIENCE):
-            remedy = "freeze it with a tuning rule, or mend the model so that the loss depends on it"
-            problem = "trainable, but no gradient reaches it"
-            raise TrainingError([Problem(problem, key=name, remedy=remedy) for name in self._unreached])
+        if has_pictures or step + 1 >= self.PATIENCE:
+            self.finish()
+
+    def finish(self) -> None:
+        """Nothing more is waited for.
+
+        Raises:
+            TrainingError: names the parameters that no window has reached.
+        """
+        if not self.unreached:
+            return
+        headline = Problem(
+            f"no gradient reaches {len(self.unreached)} trainable parameters",
+            key="tuning",
+            remedy="freeze them with a tuning rule, train on data that uses them (pictures for the vision side), or"
+            " mend the model so that the loss depends on them",
+        )
+        waiting = set(self.unreached)
+        raise TrainingError([headline, *(item for group in self._groups for item in _name_unreached(group, waiting))])
 
 
 def _headline(
@@ -134,10 +167,26 @@ def _headline(
     )
 
 
-def _name_samples(samples: Sequence[Origin]) -> list[Problem]:
+def _name_unreached(group: ParameterGroup, unreached: Set[str]) -> list[Problem]:
+    """One problem for a group that has some, none otherwise."""
+    names = [name for name in group.parameters if name in unreached]
+    if not names:
+        return []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    text = f"group {group.name}: {len(names)} of {len(group.parameters)}: {', '.join(names[:_SHOWN])}{more}"
+    return [Problem(text)]
+
+
+def _samples_everywhere(window: Window) -> list[Origin]:
+    """The samples of the window on all ranks."""
+    here = [origin for batch in window.batches if not batch.is_padding for origin in batch.origins]
+    return [origin for origins in distributed.all_gather_objects(list(dict.fromkeys(here))) for origin in origins]
+
+
+def _name_samples(samples: Sequence[Origin], see: str = "") -> list[Problem]:
     named = [Problem(f"sample {origin.id} of the window", file=origin.file, line=origin.line) for origin in samples]
     if len(named) > _SHOWN:
-        return [*named[:_SHOWN], Problem(f"and {len(named) - _SHOWN} more samples, see {NOTE}")]
+        return [*named[:_SHOWN], Problem(f"and {len(named) - _SHOWN} more samples{see}")]
     return named
 
 

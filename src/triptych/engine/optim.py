@@ -144,7 +144,7 @@ def lr_factor(config: OptimizerConfig, global_batch: int | None) -> float:
             Problem(
                 f"lr_scaling `{config.lr_scaling}` needs base_batch ({config.base_batch}) and the global batch"
                 f" ({global_batch})",
-                key="optimizer.base_batch",
+                key="train.optimizer.base_batch",
                 remedy="set base_batch to the global batch your learning rates were chosen for",
             )
         )
@@ -232,7 +232,11 @@ def _shrink(norm: float, limit: float | None) -> float:
 def _check_components(groups: Sequence[ParameterGroup], config: OptimizerConfig) -> None:
     known = {group.component for group in groups}
     problems = [
-        Problem(f"no component `{name}` to clip", key="optimizer.max_component_norms", remedy=did_you_mean(name, known))
+        Problem(
+            f"no component `{name}` to clip",
+            key="train.optimizer.max_component_norms",
+            remedy=did_you_mean(name, known),
+        )
         for name in config.max_component_norms
         if name not in known
     ]

@@ -217,7 +217,7 @@ class Runtime:
             raise ModelError(
                 Problem(
                     f"precision fp16 needs trainable weights in fp32, {len(narrow)} are not; the first is {narrow[0]}",
-                    key="train.precision",
+                    key="train.runtime.precision",
                     remedy="load the model in float32, or train in bf16",
                 )
             )
@@ -249,7 +249,11 @@ def resolve_strategy(
     wants_fsdp = environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ConfigError(
-            Problem("accelerate was configured for DeepSpeed", key="train.strategy", remedy="launch with ddp or fsdp")
+            Problem(
+                "accelerate was configured for DeepSpeed",
+                key="train.runtime.strategy",
+                remedy="launch with ddp or fsdp",
+            )
         )
     if strategy == "auto":
         if world_size == 1:
@@ -259,7 +263,7 @@ def resolve_strategy(
         raise ConfigError(
             Problem(
                 f"strategy `{strategy}` does not fit {world_size} process{'es' if world_size > 1 else ''}",
-                key="train.strategy",
+                key="train.runtime.strategy",
                 remedy="use `auto`, or launch several processes: torchrun --nproc-per-node 2 -m triptych.cli train ...",
             )
         )
@@ -267,7 +271,7 @@ def resolve_strategy(
         raise ConfigError(
             Problem(
                 "strategy is `ddp` but accelerate was configured for FSDP",
-                key="train.strategy",
+                key="train.runtime.strategy",
                 remedy="use `auto` or `fsdp`, or change the accelerate configuration",
             )
         )
@@ -287,7 +291,7 @@ def checkpointed_blocks(choice: bool | tuple[int, ...], num_blocks: int) -> list
         raise ConfigError(
             Problem(
                 f"blocks {outside} do not exist, the model has {num_blocks}",
-                key="train.activation_checkpointing",
+                key="train.runtime.activation_checkpointing",
                 remedy=f"name places from 0 to {num_blocks - 1}" if num_blocks else "set it to false",
             )
         )
@@ -318,7 +322,7 @@ def _not_wrapped(strategy: str, what: str) -> TrainingError:
     return TrainingError(
         Problem(
             f"the model was not wrapped for `{strategy}`: {what}",
-            key="train.strategy",
+            key="train.runtime.strategy",
             remedy="check the accelerate configuration, or use another strategy",
         )
     )

@@ -120,7 +120,7 @@ def _three_phase(config: ThreePhaseConfig, step: int, warmup: int, total: int | 
         raise ConfigError(
             Problem(
                 f"warm-up ({warmup} steps) and cool-down ({total - fall}) do not fit into {total} steps",
-                key="schedule",
+                key="train.schedule",
                 remedy="shorten `warmup` or `cooldown`, or train longer",
             )
         )
@@ -149,8 +149,8 @@ def _known(total: int | None) -> int:
         raise ConfigError(
             Problem(
                 "the schedule needs the length of the run, which has none",
-                key="schedule",
-                remedy="set `steps` or `epochs`, or use kind constant with a warm-up in steps",
+                key="train.schedule",
+                remedy="set `loader.steps` or `loader.epochs`, or use kind constant with a warm-up in steps",
             )
         )
     return total

@@ -39,6 +39,8 @@ class BestTracker:
         """Best value so far."""
         self.step: int | None = None
         """Step of the best value."""
+        self.results: dict[str, float] = {}
+        """All results of the evaluation at that step."""
         self._reference: float | None = None
         self._stale = 0
 
@@ -66,16 +68,22 @@ class BestTracker:
             self._stale += 1
         if not self._is_better(value, self.value, 0.0):
             return False
-        self.value, self.step = value, step
+        self.value, self.step, self.results = value, step, dict(results)
         return True
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a resume."""
-        return {"value": self.value, "step": self.step, "reference": self._reference, "stale": self._stale}
+        return {
+            "value": self.value,
+            "step": self.step,
+            "results": self.results,
+            "reference": self._reference,
+            "stale": self._stale,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore it."""
-        self.value, self.step = state["value"], state["step"]
+        self.value, self.step, self.results = state["value"], state["step"], state["results"]
         self._reference, self._stale = state["reference"], state["stale"]
 
     def _is_better(self, value: float, than: float | None, by: float) -> bool:

@@ -61,6 +61,11 @@ class WindowResult:
     non_finite: tuple[NonFinite, ...]
     """Micro-batches whose loss is not finite; the optimizer must not step when there is one."""
 
+    @property
+    def is_empty(self) -> bool:
+        """No term of the objective has weight; the model's own loss does not count."""
+        return all(name in self.empty_terms for name in self.weights if name != AUXILIARY)
+
 
 @dataclass(frozen=True)
 class WindowPlan:

@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from triptych.core.types import Example, ImageReference, Message, Sample
+from triptych.core.types import Example, ImageReference, Message, Origin, Sample
+from triptych.data.tokenize import at_row
 from triptych.evaluation.metrics import exact_match
 from triptych.models.generation import Prompt
+
+_PROMPT = Origin("prompt", 1)
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,35 @@ class Answering:
     generate: Callable[..., list[list[int]]]
     """Prompts and the options of `models.generation.generate` -> new token ids of each."""
     tokenizer: PreTrainedTokenizerBase
-    encode_prompt: Callable[[Sequence[Message]], Example]
-    """Messages -> prompt ids ending with the generation prompt."""
+    encode_prompt: Callable[[Sequence[Message], Origin], Example]
+    """Messages and the place errors name -> prompt ids ending with the generation prompt."""
     decode: Callable[[ImageReference], Image.Image]
     stop_ids: tuple[int, ...]
     """Ids that end an assistant turn."""
     max_new_tokens: int = 64
     batch_size: int = 16
 
-    def answer(self, conversations: Sequence[Sequence[Message]], temperature: float = 0.0) -> list[str]:
-        """The reply to each conversation, which must end with a user turn."""
+    def answer(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        temperature: float = 0.0,
+        origins: Sequence[Origin] | None = None,
+    ) -> list[str]:
+        """The reply to each conversation, which must end with a user turn.
+
+        Args:
+            conversations: at least one.
+            temperature: 0 for greedy answers.
+            origins: where each conversation came from, for errors.
+
+        Raises:
+            DataError: a conversation is too long or a picture cannot be decoded; names its origin.
+        """
         prompts = []
-        for messages in conversations:
-            example = self.encode_prompt(messages)
-            images = tuple(self.decode(image) for image in example.images)
+        for messages, origin in zip(conversations, origins or [_PROMPT] * len(conversations), strict=True):
+            with at_row(origin):
+                example = self.encode_prompt(messages, origin)
+                images = tuple(self.decode(image) for image in example.images)
             prompts.append(Prompt(example.trunk.input_ids, images))
         replies = self.generate(
             prompts,
@@ -77,7 +95,9 @@ class Answering:
             yield from self._answer_all(waiting)
 
     def _answer_all(self, turns: Sequence[tuple[Sample, int]]) -> Iterator[Answer]:
-        replies = self.answer([sample.messages[:index] for sample, index in turns])
+        replies = self.answer(
+            [sample.messages[:index] for sample, index in turns], origins=[sample.origin for sample, _ in turns]
+        )
         for (sample, index), reply in zip(turns, replies, strict=True):
             question = sample.messages[index - 1].text.strip() if index else ""
             truth = sample.messages[index].text.strip()

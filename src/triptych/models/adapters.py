@@ -86,29 +86,6 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         restore_flags()
 
 
-@contextmanager
-def adapters_merged(model: nn.Module) -> Iterator[None]:
-    """Run the model with its adapters folded into the base weights, for faster generation.
-
-    The base weights are back bit for bit afterwards: subtracting what was added would leave rounding behind. Needs a
-    copy of the adapted weights, and whole (unsharded) parameters.
-    """
-    layers = _tuner_layers(model)
-    weights = {id(layer.get_base_layer().weight): layer.get_base_layer().weight for layer in layers}
-    saved = {key: weight.detach().clone() for key, weight in weights.items()}
-    try:
-        for layer in layers:
-            layer.merge(safe_merge=True)
-        yield
-    finally:
-        for layer in layers:
-            if layer.merged:
-                layer.unmerge()
-        with torch.no_grad():
-            for key, weight in weights.items():
-                weight.copy_(saved[key])
-
-
 def merge_adapters(model: nn.Module) -> nn.Module:
     """Fold every adapter into the base weights, W + s B A, and take the adapter layers out.
 

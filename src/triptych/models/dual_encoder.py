@@ -7,7 +7,6 @@ token, not the mean over tokens that sentence-transformers uses, because no stan
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,10 +125,6 @@ class DualPictures:
         """`pixel_values` [N, channels, height, width] of N RGB pictures."""
         return {"pixel_values": self._image_processor(images=pictures, return_tensors="pt")["pixel_values"]}
 
-    def fingerprint(self) -> str:
-        """Digest of the image processor's settings."""
-        return hashlib.sha256(self._image_processor.to_json_string().encode()).hexdigest()
-
 
 class DualEncoderScorer(nn.Module):
     """Embeds one picture and one caption a row.
@@ -177,15 +172,6 @@ class DualEncoderScorer(nn.Module):
         if mode:
             eval_frozen(self.hf, self.components)
         return self
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute the towers' activations in the backward pass, by Hugging Face's own (non-reentrant) switch."""
-        for tower in (self.hf.vision_model, self.hf.text_model):
-            if enabled:
-                tower.activation_checkpointing_enable({"use_reentrant": False})
-            else:
-                tower.activation_checkpointing_disable()
-        self.train(self.training)
 
     def embed_images(self, pixels: Mapping[str, Tensor]) -> Tensor:
         """Embeddings [N, D], float32 or float64, of N pictures, each computed once however many captions it has."""

@@ -6,8 +6,6 @@ families cannot be constructed without video libraries. What a picture becomes e
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -88,10 +86,6 @@ class FixedPictures:
         """`pixel_values` [N, 3, H, W]."""
         return {"pixel_values": self._image_processor(pictures, return_tensors="pt")["pixel_values"]}
 
-    def fingerprint(self) -> str:
-        """Hash of the settings."""
-        return _fingerprint(self, self._image_processor, [self._image_token_id, self._count])
-
     def _measure(self, config: PreTrainedConfig) -> int:
         """Features of one picture, from the shapes of a tower without weights.
 
@@ -158,10 +152,6 @@ class GridPictures:
         prepared = self._image_processor(pictures, return_tensors="pt")
         return {name: prepared[name] for name in ("pixel_values", "image_grid_thw")}
 
-    def fingerprint(self) -> str:
-        """Hash of the settings."""
-        return _fingerprint(self, self._image_processor, list(self._ids))
-
 
 class MarkedTilePictures:
     """A picture becomes rows and columns of tiles, each after a marker, and a small whole (Idefics3, SmolVLM)."""
@@ -214,10 +204,6 @@ class MarkedTilePictures:
         prepared = self._image_processor([[picture] for picture in pictures], return_tensors="pt")
         return {name: prepared[name] for name in ("pixel_values", "pixel_attention_mask")}
 
-    def fingerprint(self) -> str:
-        """Hash of the settings."""
-        return _fingerprint(self, self._image_processor, [self.token_ids(1, 1), self._count])
-
     def _encode_grid(self, rows: int, columns: int) -> tuple[int, ...]:
         # One string, encoded at once: whether two newlines are one token is the tokenizer's business.
         images = self._image_token * self._count
@@ -264,10 +250,6 @@ class TilePictures:
         prepared = self._image_processor(pictures, crop_to_patches=True, return_tensors="pt")
         return {"pixel_values": prepared["pixel_values"], PICTURE_TILES: torch.as_tensor(prepared["num_patches"])}
 
-    def fingerprint(self) -> str:
-        """Hash of the settings."""
-        return _fingerprint(self, self._image_processor, [*self._ids, self._count])
-
 
 class WrappedPictures:
     """Every picture becomes the same number of tokens between markers and blank lines (Gemma 3)."""
@@ -292,10 +274,6 @@ class WrappedPictures:
         """`pixel_values` [N, 3, H, W]; no extra crops (`do_pan_and_scan`), as the combined processor's default."""
         prepared = self._image_processor(pictures, do_pan_and_scan=False, return_tensors="pt")
         return {"pixel_values": prepared["pixel_values"]}
-
-    def fingerprint(self) -> str:
-        """Hash of the settings."""
-        return _fingerprint(self, self._image_processor, self._ids)
 
 
 def _fit_longest(width: int, height: int, longest: int) -> tuple[int, int]:
@@ -340,8 +318,3 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     if index is None:
         raise ModelError(Problem(f"the tokenizer has no `{token}` token", remedy="use the tokenizer of the checkpoint"))
     return int(index)
-
-
-def _fingerprint(pictures: object, image_processor: Any, facts: list[Any]) -> str:
-    content = [type(pictures).__name__, type(image_processor).__name__, image_processor.to_dict(), facts]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,13 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.utils import logging as transformers_logging
 
 from triptych.core.config import Config, did_you_mean
-from triptych.core.errors import ModelError
+from triptych.core.errors import ModelError, Problem
 from triptych.models.components import tower_family
 
 PACKAGE = "package:"
+
+_GENERAL_FIELDS = ("model_type", "torch_dtype", "use_cache", "attn_implementation", "auto_map", "name_or_path")
+"""Fields that any configuration takes, beyond those it writes."""
 
 
 class TowerConfig(Config):
@@ -284,9 +288,29 @@ def _from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
         raise ModelError("`config` needs a `model_type`", remedy="e.g. `model_type: siglip_vision_model`")
     others = {name: value for name, value in fields.items() if name != "model_type"}
     try:
-        return AutoConfig.for_model(fields["model_type"], **others)
+        config = AutoConfig.for_model(fields["model_type"], **others)
     except Exception as error:  # transformers' strict dataclasses raise classes of their own
         raise ModelError(f"`config` of type `{fields['model_type']}` is not valid: {error}") from error
+    problems = _unknown_fields(config, fields, ())
+    if problems:
+        raise ModelError(problems)
+    return config
+
+
+def _unknown_fields(config: PreTrainedConfig, fields: Mapping[str, Any], key: tuple[str, ...]) -> list[Problem]:
+    """A problem for every field that the class does not have; transformers keeps those as attributes nobody reads."""
+    known = {item.name for item in dataclasses.fields(type(config))}
+    known |= {*config.attribute_map, *type(config)().to_dict(), *_GENERAL_FIELDS}
+    if "rope_parameters" in known:
+        known |= {"rope_theta", "rope_scaling", "partial_rotary_factor"}  # older spelling, which is still read
+    problems = []
+    for name, value in fields.items():
+        if name not in known:
+            text = f"`config` of type `{config.model_type}` has no field `{'.'.join((*key, name))}`"
+            problems.append(Problem(text, remedy=did_you_mean(name, known)))
+        elif name in config.sub_configs and isinstance(value, Mapping):
+            problems += _unknown_fields(getattr(config, name), value, (*key, name))
+    return problems
 
 
 def _read_config(config: TowerConfig, part: str) -> PreTrainedConfig:

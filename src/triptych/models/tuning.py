@@ -60,11 +60,6 @@ class ParameterCount:
     def __str__(self) -> str:
         return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {self.percent:.4f}"
 
-    @property
-    def short(self) -> str:
-        """In millions, e.g. `10.09M (0.13%)`."""
-        return f"{self.trainable / 1e6:.2f}M ({self.percent:.2f}%)"
-
 
 @dataclass(frozen=True)
 class PlanRow:

@@ -127,20 +127,7 @@ class VlmScorer(nn.Module):
         super().train(mode)
         if mode:
             _freeze_modes(self.hf)
-            if self.hf.is_activation_checkpointing:
-                # Hugging Face blocks recompute only while their own flag says training. Gradients pass through a frozen
-                # language model to the connector, so its blocks must still recompute; their children stay frozen.
-                for path in self.components.layers.get("language", ()):
-                    self.hf.get_submodule(path).training = True
         return self
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute the blocks' activations in the backward pass, by Hugging Face's own (non-reentrant) switch."""
-        if enabled:
-            self.hf.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.hf.activation_checkpointing_disable()
-        self.train(self.training)
 
     def _features(self, pixels: Mapping[str, Tensor]) -> Features:
         """Features of the pictures in `pixels`, once each; without a graph where nothing before them trains."""

@@ -12,15 +12,18 @@ from torch import nn
 
 from triptych.core.config import Config
 from triptych.core.distributed import rank, world_size
-from triptych.core.errors import DataError, Problem
+from triptych.core.errors import DataError, ModelError, Problem
 from triptych.core.protocols import Evaluator, Objective, PictureProcessor, Reference
 from triptych.core.types import Example, ParameterGroup, Sample
 from triptych.data.formats import AnyDatasetConfig, Dataset, open_dataset
 from triptych.data.loader import Loader, LoaderConfig
 from triptych.data.mixture import Mixture
-from triptych.engine.parallel import Runtime
+from triptych.engine.optim import build_optimizer
+from triptych.engine.parallel import Runtime, checkpointed_blocks
+from triptych.engine.schedules import multiplier
 from triptych.models.components import Components
 from triptych.models.tuning import TuningPlan
+from triptych.stages.recipe import StageRecipe
 
 ROW_REPORT = "rows.jsonl"
 """File in the output folder that lists the rows a run left out."""
@@ -48,6 +51,8 @@ class Built:
     after_step: Callable[[], None] | None = None
     show_answers: Callable[[str], None] = field(default=lambda title: None)
     """Print some held-out answers, on the main rank; called before and after training on every rank."""
+    lint: Callable[[], list[Problem]] = field(default=list)
+    """Look for faults of the conversation template itself."""
 
     @property
     def groups(self) -> list[ParameterGroup]:
@@ -111,6 +116,55 @@ def make_held_out_loader(
     return Loader(datasets, unweighted, encode, pictures, config, rank=rank(), world_size=world_size())
 
 
+def plain_rows(encode: Callable[[Sample], Example]) -> Callable[[Sample], Example]:
+    """`encode`, refusing rows with answers to compare: the worse ones would be learned like the better ones."""
+
+    def checked(sample: Sample) -> Example:
+        if sample.preference is not None:
+            raise DataError(_misplaced(sample, "the row holds answers to compare", "use it in stage preference"))
+        return encode(sample)
+
+    return checked
+
+
+def pair_rows(encode: Callable[[Sample], Example]) -> Callable[[Sample], Example]:
+    """`encode`, refusing rows without answers to compare: nothing would be learned from them."""
+
+    def checked(sample: Sample) -> Example:
+        if sample.preference is None:
+            raise DataError(_misplaced(sample, "the row holds no answers to compare", "use it in stage tune"))
+        return encode(sample)
+
+    return checked
+
+
+def preflight(recipe: StageRecipe, built: Built) -> None:
+    """Make what only training needs, so that what it refuses is known before.
+
+    Raises:
+        TriptychError: mixture, optimizer or schedule do not fit the recipe.
+    """
+    loader = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, None)
+    build_optimizer(built.groups, recipe.train.optimizer, recipe.loader.global_batch)
+    multiplier(recipe.train.schedule, 0, loader.total_windows)
+    checkpointed_blocks(recipe.train.runtime.activation_checkpointing, len(built.blocks))
+
+
+def check_length(max_length: int, limit: int | None, part: str) -> None:
+    """Refuse rows longer than a model was made for.
+
+    Args:
+        limit: Longest row in tokens; None where the model names none.
+        part: What has the limit, for the message.
+
+    Raises:
+        ModelError: `max_length` is above the limit.
+    """
+    if limit is not None and max_length > limit:
+        message = f"max_length {max_length} is more than the {limit} tokens (max_position_embeddings) of the {part}"
+        raise ModelError(Problem(message, key="max_length", remedy=f"set `max_length` to {limit} at most"))
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The torch type of a recipe's `dtype`."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]
@@ -119,3 +173,7 @@ def torch_dtype(name: str) -> torch.dtype:
 def resolved(config: Config) -> dict[str, Any]:
     """The recipe with every default filled in, as plain values; what checkpoints are compared by."""
     return config.model_dump(mode="json", by_alias=True)
+
+
+def _misplaced(sample: Sample, message: str, remedy: str) -> Problem:
+    return Problem(message, file=sample.origin.file, line=sample.origin.line, remedy=f"{remedy}, or drop it")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
-from triptych.core.config import load_tree, validate
+from triptych.core.config import load_tree
 from triptych.core.errors import DataError
 from triptych.core.types import Sample
 from triptych.data.check import CheckReport, Finding, check_datasets, open_datasets
 from triptych.data.formats import Dataset
 from triptych.data.show import show_example
 from triptych.engine.state import seed_everything
-from triptych.stages import STAGES
-from triptych.stages.build import Built
-from triptych.stages.pipeline import find_stage, stage_trees
+from triptych.stages.build import Built, preflight
+from triptych.stages.locate import in_recipe
+from triptych.stages.pipeline import Stage, read_stages
 
 
 def check(path: Path, overrides: Sequence[str] = (), *, samples: int = 1, console: Console | None = None) -> bool:
@@ -32,30 +33,29 @@ def check(path: Path, overrides: Sequence[str] = (), *, samples: int = 1, consol
     """
     console = console or Console()
     results = []
-    for name, tree, is_ready in stage_trees(load_tree(path, overrides)):
-        if name:
-            console.rule(name)
-        schema, build = STAGES[find_stage(tree)]
-        recipe = validate(schema, tree)
-        configs = [*recipe.data, *(recipe.evaluation.data if recipe.evaluation else ())]
-        datasets, findings = open_datasets(configs, Path.cwd())
-        built = None
-        if is_ready and not findings:
-            seed_everything(recipe.train.seed)
-            built = build(recipe)
-        results.append(_check_stage(datasets, findings, built, samples, console))
+    for stage in read_stages(load_tree(path, overrides)):
+        if stage.title:
+            console.rule(stage.title)
+        with in_recipe(stage.tree):
+            results.append(_check_stage(stage, samples, console))
     return all(results)
 
 
-def _check_stage(
-    datasets: list[Dataset], findings: list[Finding], built: Built | None, samples: int, console: Console
-) -> bool:
-    if built is not None:
+def _check_stage(stage: Stage, samples: int, console: Console) -> bool:
+    recipe = stage.recipe
+    configs = [*recipe.data, *(recipe.evaluation.data if recipe.evaluation else ())]
+    datasets, findings = open_datasets(configs, Path.cwd())
+    built = None
+    if stage.is_ready and not findings:
+        seed_everything(recipe.train.seed)
+        built = stage.build(recipe)
+        preflight(recipe, built)
         console.print(built.plan.table())
+        findings += [Finding("warning", problem, "template") for problem in built.lint()]
         for sample in _first_good(datasets, built, samples):
             console.print(show_example(built.encode(sample), built.tokenizer))
     report = _walk(datasets, findings, built, console)
-    console.print(report.render())
+    console.print(report.render(), soft_wrap=True)
     return not report.has_errors
 
 
@@ -72,15 +72,19 @@ def _walk(datasets: list[Dataset], findings: list[Finding], built: Built | None,
 
 
 def _first_good(datasets: list[Dataset], built: Built, count: int) -> list[Sample]:
+    """The first rows that can be used, `count` shared by the data sets, the earlier ones getting more."""
     found: list[Sample] = []
-    for dataset in datasets:
-        for index in range(len(dataset)):
-            if len(found) == count:
-                return found
-            try:
-                sample = dataset.sample(index)
-                built.encode(sample)
-            except DataError:
-                continue
-            found.append(sample)
+    for number, dataset in enumerate(datasets):
+        share = -(-(count - len(found)) // (len(datasets) - number))
+        found += itertools.islice(_good(dataset, built), share)
     return found
+
+
+def _good(dataset: Dataset, built: Built) -> Iterator[Sample]:
+    for index in range(len(dataset)):
+        try:
+            sample = dataset.sample(index)
+            built.encode(sample)
+        except DataError:
+            continue
+        yield sample

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from triptych.core.errors import ModelError, Problem
 from triptych.core.protocols import Evaluator
 from triptych.data.tokenize import CaptionEncoder
 from triptych.engine.parallel import Runtime
@@ -12,7 +13,8 @@ from triptych.evaluation.retrieval import Retrieval
 from triptych.models.dual_encoder import DualEncoderScorer, LoadedDualEncoder, bound_scale, load_dual_encoder
 from triptych.models.tuning import TuningPlan, apply_tuning
 from triptych.objectives import build_objective
-from triptych.stages.build import Built, make_held_out_loader, open_datasets, torch_dtype
+from triptych.stages.build import Built, check_length, make_held_out_loader, open_datasets, plain_rows, torch_dtype
+from triptych.stages.locate import at_key
 from triptych.stages.recipe import ContrastiveRecipe
 from triptych.stages.saving import save_finished
 
@@ -22,15 +24,21 @@ def build_contrastive(recipe: ContrastiveRecipe) -> Built:
     datasets = open_datasets(recipe.data)
     loaded, plan = _load(recipe)
     scorer = DualEncoderScorer(loaded.model, loaded.components, loaded.max_scale)
-    length = min(recipe.max_length, loaded.max_text_tokens)
-    encoder = CaptionEncoder(loaded.tokenizer, length, truncate_captions=recipe.truncate_captions)
+    check_length(recipe.max_length, loaded.max_text_tokens, "text encoder")
+    encoder = CaptionEncoder(loaded.tokenizer, recipe.max_length, truncate_captions=recipe.truncate_captions)
+    encode = plain_rows(encoder.encode)
     objective = build_objective(recipe.objective)
+    if "logit_bias" in objective.needs and scorer.scale_and_bias()[1] is None:
+        remedy = "set model.bias_init (SigLIP starts at -10), or objective.loss to `clip`"
+        raise ModelError(
+            Problem("loss `siglip` adds a bias to every logit, the model has none", key="objective.loss", remedy=remedy)
+        )
 
     def evaluators(wrapped: nn.Module, runtime: Runtime) -> list[Evaluator]:
         if recipe.evaluation is None:
             return []
         held_out = open_datasets(recipe.evaluation.data)
-        source = make_held_out_loader(held_out, encoder.encode, loaded.pictures, recipe.evaluation.batch)
+        source = make_held_out_loader(held_out, encode, loaded.pictures, recipe.evaluation.batch)
         return [
             HeldOutLoss(wrapped, objective, source, None, runtime),
             Retrieval(wrapped, source, device=runtime.device),
@@ -42,7 +50,7 @@ def build_contrastive(recipe: ContrastiveRecipe) -> Built:
         plan=plan,
         tokenizer=loaded.tokenizer,
         pictures=loaded.pictures,
-        encode=encoder.encode,
+        encode=encode,
         datasets=datasets,
         objective=objective,
         save=lambda folder: save_finished(folder, loaded, lambda: _load(recipe)[0]),
@@ -52,6 +60,8 @@ def build_contrastive(recipe: ContrastiveRecipe) -> Built:
 
 
 def _load(recipe: ContrastiveRecipe) -> tuple[LoadedDualEncoder, TuningPlan]:
-    loaded = load_dual_encoder(recipe.model, dtype=torch_dtype(recipe.dtype))
-    plan = apply_tuning(loaded.model, loaded.components, recipe.tuning, recipe.lr, recipe.weight_decay)
+    with at_key("model"):
+        loaded = load_dual_encoder(recipe.model, dtype=torch_dtype(recipe.dtype))
+    with at_key("tuning"):
+        plan = apply_tuning(loaded.model, loaded.components, recipe.tuning, recipe.lr, recipe.weight_decay)
     return loaded, plan

@@ -1,32 +1,37 @@
-"""`triptych doctor`: what this machine has, and what is known not to work with it."""
+"""`triptych doctor`: what this machine has, and what is known not to work with it.
+
+Nothing heavy is imported at the top, and every import is allowed to fail: that is what this command is asked about.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from triptych import __version__
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "pillow",
-    "safetensors",
-    "pydantic",
-    "webdataset",
-)
+PACKAGES = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "peft": "peft",
+    "accelerate": "accelerate",
+    "datasets": "datasets",
+    "pillow": "PIL.Image",
+    "safetensors": "safetensors.torch",
+    "pydantic": "pydantic",
+    "webdataset": "webdataset",
+    "psutil": "psutil",
+}
+"""What training needs -> the module that shows whether it can be imported."""
 OPTIONAL = {
     "bitsandbytes": "4-bit base weights",
     "gradio": "web pages",
@@ -46,14 +51,12 @@ def report(console: Console | None = None) -> bool:
         table.add_row(name, _version(name) or "[red]missing[/red]")
     for name, purpose in OPTIONAL.items():
         table.add_row(name, _version(name) or f"not installed (for {purpose})")
-    table.add_row("devices", _devices())
-    table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
-    memory = psutil.virtual_memory()
-    table.add_row("memory", f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}")
+    problems = find_problems()
+    for name, measure in {"devices": _devices, "threads": _threads, "memory": _memory}.items():
+        table.add_row(name, _attempt(measure))
     table.add_row("disk here", f"{shutil.disk_usage(Path.cwd()).free / GIB:.1f} GiB free")
     table.add_row("hub", "offline" if os.environ.get("HF_HUB_OFFLINE") == "1" else "online if the network allows")
     console.print(table)
-    problems = find_problems()
     for problem in problems:
         console.print(f"problem: {problem}", style="red", markup=False)
     if not problems:
@@ -66,13 +69,15 @@ def find_problems() -> list[str]:
     problems = [
         f"{name} is not installed -> pip install -c constraints.txt -e ." for name in PACKAGES if not _version(name)
     ]
-    if importlib.util.find_spec("torchvision") is not None:
-        try:
-            importlib.import_module("torchvision")
-        except Exception as error:  # any failure of the import is the finding
+    if importlib.util.find_spec("torchvision") is not None and (reason := _import_error("torchvision")):
+        problems.append(
+            f"torchvision is installed but does not import ({reason}); transformers breaks with it "
+            "-> pip uninstall torchvision"
+        )
+    for name, module in PACKAGES.items():
+        if _version(name) and (reason := _import_error(module)):
             problems.append(
-                f"torchvision is installed but does not import ({error}); transformers breaks with it "
-                "-> pip uninstall torchvision"
+                f"{name} does not import ({reason}) -> pip install --force-reinstall -c constraints.txt {name}"
             )
     if (pillow := _version("pillow")) and int(pillow.split(".")[0]) >= 13:
         problems.append(f"pillow {pillow} conflicts with gradio and trackio -> pip install 'pillow<13'")
@@ -86,9 +91,41 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _import_error(module: str) -> str | None:
+    """Why a module cannot be imported, in one line; None if it can."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # any failure of the import is the finding
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def _attempt(measure: Callable[[], str]) -> str:
+    try:
+        return measure()
+    except (
+        Exception
+    ) as error:  # a broken library is reported among the problems; the other rows are wanted all the same
+        return f"unknown ({type(error).__name__})"
+
+
 def _devices() -> str:
+    import torch
+
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return ", ".join(names) + (", bf16" if torch.cuda.is_bf16_supported() else ", no bf16")
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"CPU ({capability})"
+    return f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _threads() -> str:
+    import torch
+
+    return f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def _memory() -> str:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}"

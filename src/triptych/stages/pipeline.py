@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import yaml
 from pydantic import Field
 from rich.console import Console
 
-from triptych.core.config import Config, ConfigTree, config_problem, did_you_mean, load_tree, validate
+from triptych.core.config import (
+    Config,
+    ConfigTree,
+    config_problem,
+    did_you_mean,
+    differing_keys,
+    load_tree,
+    validate,
+)
 from triptych.core.distributed import is_main
-from triptych.core.errors import ConfigError
-from triptych.stages import STAGES
-from triptych.stages.run import FINISHED, run_stage
+from triptych.core.errors import ConfigError, Problem
+from triptych.engine.checkpoint import EVALUATION, MAY_CHANGE
+from triptych.stages.build import Built, preflight, resolved
+from triptych.stages.locate import in_recipe
+from triptych.stages.recipe import StageRecipe
+from triptych.stages.run import FINISHED, RECIPE, has_checkpoint, run_stage
+from triptych.stages.table import STAGES
 
 MODEL = "model"
 
@@ -45,44 +59,115 @@ class Pipeline(Config):
     """In order."""
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One recipe to run, read and validated."""
+
+    title: str
+    """Empty for a recipe that is not part of a pipeline."""
+    tree: ConfigTree
+    recipe: StageRecipe
+    build: Callable[..., Built]
+    sources: tuple[Path, ...] = ()
+    """Folders of the stages whose models it starts from."""
+
+    @property
+    def output(self) -> Path:
+        """Folder of the run."""
+        return Path(self.recipe.output)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the models it starts from exist; while a pipeline runs, this changes."""
+        return all((source / FINISHED).is_file() for source in self.sources)
+
+    def skips(self) -> bool:
+        """Whether it is part of a pipeline and finished before, with this recipe and these models.
+
+        Raises:
+            ConfigError: what the folder holds comes from another recipe, or from models that were trained again.
+        """
+        if not self.title:
+            return False
+        self._check_sources()
+        if not (self.output / FINISHED).is_file():
+            return False
+        saved = yaml.safe_load((self.output / RECIPE).read_text(encoding="utf-8"))
+        now = yaml.safe_load(yaml.safe_dump(resolved(self.recipe)))
+        keys = MAY_CHANGE if self.recipe.train.best else (*MAY_CHANGE, *EVALUATION)
+        may_change = tuple(f"{key}{end}" for key in keys for end in (":", ".", "["))
+        changed = [text for text in differing_keys(saved, now) if not text.startswith(may_change)]
+        remedy = f"put the value back, delete {self.output} to train it again, or choose another output"
+        problems = [
+            Problem(f"finished with another recipe: {text}", str(self.output), remedy=remedy) for text in changed
+        ]
+        if problems:
+            raise ConfigError(problems)
+        return True
+
+    def _check_sources(self) -> None:
+        # A run without a checkpoint starts anew, whatever its folder holds.
+        names = (FINISHED, RECIPE) if has_checkpoint(self.output) else (FINISHED,)
+        began = next((self.output / name for name in names if (self.output / name).is_file()), None)
+        finished = [source / FINISHED for source in self.sources if (source / FINISHED).is_file()]
+        problems = [
+            Problem(
+                f"started from the model in {file.parent}, which was finished again after that",
+                file=str(self.output),
+                remedy=f"delete {self.output} to train it again (if only the files' times are wrong: touch {began})",
+            )
+            for file in finished
+            if began is not None and file.stat().st_mtime_ns > began.stat().st_mtime_ns
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+
 def train(path: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -> None:
     """Run a recipe or pipeline file; unfinished runs resume.
 
     Raises:
-        ConfigError: the file or an override is wrong; all problems at once.
+        ConfigError: the file, a recipe of it or an override is wrong; all problems at once, before anything runs.
     """
     console = Console(quiet=not is_main())
-    for name, tree, is_ready in stage_trees(load_tree(path, overrides)):
-        if name:
-            console.rule(name)
-        output = Path(str(tree.values.get("output", "")))
-        if name and (output / FINISHED).is_file():
-            console.print(f"finished before: {output}", soft_wrap=True)
+    stages = read_stages(load_tree(path, overrides))
+    for stage in stages:
+        stage.skips()  # what it refuses is said before anything runs
+    for stage in stages:
+        if stage.title:
+            console.rule(stage.title)
+        if stage.skips():
+            console.print(f"finished before: {stage.output}", soft_wrap=True)
             continue
-        if dry_run and not is_ready:
+        if dry_run and not stage.is_ready:
             console.print("starts from the model of a stage that is not finished")
             continue
-        schema, build = STAGES[find_stage(tree)]
-        run_stage(validate(schema, tree), build, tree, dry_run=dry_run)
+        with in_recipe(stage.tree):
+            run_stage(stage.recipe, _checked(stage.build) if dry_run else stage.build, stage.tree, dry_run=dry_run)
 
 
-def stage_trees(tree: ConfigTree) -> Iterator[tuple[str, ConfigTree, bool]]:
-    """The recipes of a file in order: title (empty for a single recipe), recipe, whether its starting models exist.
+def read_stages(tree: ConfigTree) -> list[Stage]:
+    """The recipes of a file in order, read and validated.
 
     Raises:
-        ConfigError: the pipeline is wrong, or a recipe of it cannot be read.
+        ConfigError: the pipeline is wrong, or recipes of it are; all problems at once.
     """
     if tree.values.get("kind") != "pipeline":
-        yield "", tree, True
-        return
+        return [_read_stage("", tree)]
     pipeline = validate(Pipeline, tree)
     _check_names(pipeline, tree)
-    for number, stage in enumerate(pipeline.stages, 1):
-        sources = [Path(pipeline.output) / source for source in stage.init.values()]
-        # Asked for only now: while a pipeline runs, earlier stages finish between two turns of this loop.
-        is_ready = all((source / FINISHED).is_file() for source in sources)
-        title = f"{number}/{len(pipeline.stages)} {stage.name}: {stage.title or stage.recipe}"
-        yield title, _stage_tree(pipeline, stage, tree.path.parent), is_ready
+    stages: list[Stage] = []
+    problems: list[Problem] = []
+    for number, item in enumerate(pipeline.stages, 1):
+        title = f"{number}/{len(pipeline.stages)} {item.name}: {item.title or item.recipe}"
+        sources = tuple(Path(pipeline.output) / source for source in item.init.values())
+        try:
+            stages.append(_read_stage(title, _stage_tree(pipeline, item, tree.path.parent), sources))
+        except ConfigError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ConfigError(problems)
+    return stages
 
 
 def find_stage(tree: ConfigTree) -> str:
@@ -96,6 +181,20 @@ def find_stage(tree: ConfigTree) -> str:
         message = f"`stage: {name}` is not a stage" if name else "`stage` is required"
         raise ConfigError(config_problem(tree, ("stage",), message, did_you_mean(name, STAGES)))
     return name
+
+
+def _read_stage(title: str, tree: ConfigTree, sources: tuple[Path, ...] = ()) -> Stage:
+    schema, build = STAGES[find_stage(tree)]
+    return Stage(title, tree, validate(schema, tree), build, sources)
+
+
+def _checked(build: Callable[..., Built]) -> Callable[[StageRecipe], Built]:
+    def checked(recipe: StageRecipe) -> Built:
+        built = build(recipe)
+        preflight(recipe, built)
+        return built
+
+    return checked
 
 
 def _stage_tree(pipeline: Pipeline, stage: PipelineStage, base: Path) -> ConfigTree:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from triptych.core.config import Config
-from triptych.data.formats import DatasetConfig
+from triptych.data.formats import AnyDatasetConfig, DatasetConfig, PreferenceConfig
 from triptych.data.loader import LoaderConfig
 from triptych.engine.trainer import TrainConfig
 from triptych.models.dual_encoder import DualEncoderConfig
@@ -18,19 +18,54 @@ from triptych.objectives.language import LanguageConfig
 from triptych.objectives.preference import DpoConfig
 
 
+def _refuse_pairs(config: AnyDatasetConfig) -> AnyDatasetConfig:
+    if isinstance(config, PreferenceConfig):
+        raise ValueError(
+            "rows of format `preference` hold answers to compare: use them in a recipe of stage preference"
+        )
+    return config
+
+
+def _require_pairs(config: AnyDatasetConfig) -> AnyDatasetConfig:
+    if not isinstance(config, PreferenceConfig):
+        raise ValueError(
+            f"rows of format `{config.format}` hold no answers to compare: use format `preference`, or stage tune"
+        )
+    return config
+
+
+PlainDataset = Annotated[DatasetConfig, AfterValidator(_refuse_pairs)]
+"""A data set whose rows are conversations or captions."""
+
+PairDataset = Annotated[DatasetConfig, AfterValidator(_require_pairs)]
+"""A data set whose rows are preferences."""
+
+
 class EvaluationConfig(Config):
     """What is measured on rows that are not trained on."""
 
-    data: tuple[DatasetConfig, ...] = Field(min_length=1)
+    data: tuple[PlainDataset, ...] = Field(min_length=1)
     """Held-out data sets; each row once."""
     batch: int = Field(default=16, ge=1)
     """Examples in a forward pass."""
+
+
+class TuneEvaluationConfig(EvaluationConfig):
+    """What is measured, answers included."""
+
     answers: bool = False
-    """Also generate the answers and score them by exact match (tune)."""
+    """Also generate the answers and score them by exact match."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest generated answer in tokens."""
     show: int = Field(default=0, ge=0)
-    """Print this many generated answers before and after training (tune)."""
+    """Print this many generated answers before and after training."""
+
+
+class PreferenceEvaluationConfig(EvaluationConfig):
+    """What is measured on preferences."""
+
+    data: tuple[PairDataset, ...] = Field(min_length=1)
+    """Held-out data sets; each row once."""
 
 
 class StageRecipe(Config):
@@ -44,7 +79,7 @@ class StageRecipe(Config):
     """Peak learning rate of rules that name none."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Of rules that name none; biases, norms, scalars and LoRA are never decayed."""
-    data: tuple[DatasetConfig, ...] = Field(min_length=1)
+    data: tuple[PlainDataset, ...] = Field(min_length=1)
     """Data sets to train on."""
     loader: LoaderConfig
     """How rows become batches."""
@@ -76,6 +111,8 @@ class TuneRecipe(VlmRecipe):
     """Selects this stage."""
     objective: LanguageConfig = LanguageConfig()
     """What is minimised."""
+    evaluation: TuneEvaluationConfig | None = None
+    """Held-out measurements during training and at the end."""
 
 
 class PreferenceRecipe(VlmRecipe):
@@ -83,8 +120,12 @@ class PreferenceRecipe(VlmRecipe):
 
     stage: Literal["preference"]
     """Selects this stage."""
+    data: tuple[PairDataset, ...] = Field(min_length=1)
+    """Data sets to train on."""
     objective: DpoConfig = DpoConfig()
     """What is minimised."""
+    evaluation: PreferenceEvaluationConfig | None = None
+    """Held-out measurements during training and at the end."""
     reference: Literal["auto", "frozen", "adapter_off"] = "auto"
     """The model to stay near: a frozen copy, or the policy with its adapters switched off (no second copy). `auto`:
     adapter_off where adapters are all that trains."""

@@ -37,6 +37,8 @@ def save_finished(folder: Path, loaded: Loaded, rebuild: Callable[[], Loaded]) -
             loaded = rebuild()
             loaded.model.load_state_dict(state)
     if is_main():
+        if adapter_names(loaded.model):
+            save_adapters(loaded.model, folder.parent / ADAPTERS)
         write_model(folder, loaded)
     barrier()
 
@@ -44,7 +46,6 @@ def save_finished(folder: Path, loaded: Loaded, rebuild: Callable[[], Loaded]) -
 def write_model(folder: Path, loaded: Loaded) -> None:
     """Write whole weights from this process; adapters are merged in place."""
     if adapter_names(loaded.model):
-        save_adapters(loaded.model, folder.parent / ADAPTERS)
         merge_adapters(loaded.model)
     if isinstance(loaded, LoadedVlm):
         save_vlm(replace(loaded, model=loaded.model.eval()), folder)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from triptych.core.protocols import Evaluator
+from triptych.data.template_lint import lint_template
 from triptych.engine.parallel import Runtime
 from triptych.evaluation.answers import AnswerAccuracy
 from triptych.evaluation.held_out import HeldOutLoss
 from triptych.objectives import build_objective
-from triptych.stages.build import Built, make_held_out_loader, open_datasets
+from triptych.stages.build import Built, make_held_out_loader, open_datasets, plain_rows
 from triptych.stages.recipe import TuneRecipe
 from triptych.stages.saving import save_finished
 from triptych.stages.vlm import Vlm, build_vlm, read_samples, show_answers
@@ -32,11 +33,12 @@ def build_tune(recipe: TuneRecipe) -> Built:
         plan=vlm.plan,
         tokenizer=vlm.loaded.tokenizer,
         pictures=vlm.loaded.pictures,
-        encode=vlm.encoder.encode,
+        encode=plain_rows(vlm.encoder.encode),
         datasets=datasets,
         objective=objective,
         save=lambda folder: save_finished(folder, vlm.loaded, lambda: build_vlm(recipe).loaded),
         evaluators=evaluators,
+        lint=lambda: lint_template(vlm.encoder, vlm.loaded.tokenizer),
         show_answers=lambda title: show_answers(recipe, vlm, title),
     )
 
@@ -45,7 +47,9 @@ def make_evaluators(recipe: TuneRecipe, vlm: Vlm, scorer: nn.Module, runtime: Ru
     """The held-out loss and, where asked for, exact match of generated answers."""
     assert recipe.evaluation is not None
     datasets = open_datasets(recipe.evaluation.data)
-    source = make_held_out_loader(datasets, vlm.encoder.encode, vlm.loaded.pictures, recipe.evaluation.batch)
+    source = make_held_out_loader(
+        datasets, plain_rows(vlm.encoder.encode), vlm.loaded.pictures, recipe.evaluation.batch
+    )
     result: list[Evaluator] = [HeldOutLoss(scorer, build_objective(recipe.objective), source, None, runtime)]
     if recipe.evaluation.answers:
         answering = vlm.answering(recipe.evaluation.max_new_tokens, recipe.evaluation.batch)

@@ -18,7 +18,7 @@ from rich.table import Table
 from triptych.core.config import did_you_mean, load_tree, validate
 from triptych.core.errors import ConfigError, DataError, ModelError, Problem, TriptychError
 from triptych.core.types import ImageReference, Message, Part, Text
-from triptych.data.formats import FORMATS, AnyDatasetConfig, DatasetConfig
+from triptych.data.formats import FORMATS, AnyDatasetConfig
 from triptych.data.images import decode, resolve_image
 from triptych.engine.checkpoint import read
 from triptych.engine.state import restore_tensors, seed_everything
@@ -27,13 +27,17 @@ from triptych.export.parity import Parity, verify
 from triptych.models.generation import Prompt, prompt_inputs
 from triptych.models.load import LoadedVlm, VlmConfig, load_vlm
 from triptych.stages.build import open_datasets
-from triptych.stages.pipeline import STAGES, find_stage
-from triptych.stages.recipe import VlmRecipe
-from triptych.stages.saving import write_model
-from triptych.stages.vlm import build_vlm, make_answering, make_encoder, read_samples, template_name
+from triptych.stages.pipeline import find_stage
+from triptych.stages.recipe import PlainDataset, VlmRecipe
+from triptych.stages.saving import ADAPTERS, write_model
+from triptych.stages.table import STAGES
+from triptych.stages.vlm import build_vlm, context_length, make_answering, make_encoder, read_samples, template_name
 
 MAX_CONTEXT = 8192
 """Longest conversation in tokens where the model names no limit."""
+
+DUAL_ENCODERS = {"VisionTextDualEncoderModel", "CLIPModel", "SiglipModel"}
+"""Classes of models that compare pictures and texts."""
 
 
 def load_for_use(folder: Path) -> LoadedVlm:
@@ -46,12 +50,28 @@ def load_for_use(folder: Path) -> LoadedVlm:
         inner = folder / "model"
         remedy = f"use {inner}" if (inner / "config.json").is_file() else "train one first: triptych train RECIPE"
         raise ModelError(Problem("no model in this folder (config.json is missing)", file=str(folder), remedy=remedy))
-    return load_vlm(VlmConfig.model_validate({"from": str(folder)}))
+    architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["?"]
+    if set(architectures) & DUAL_ENCODERS:
+        message = f"this is a dual encoder ({architectures[0]}): it compares pictures and captions, it does not answer"
+        remedy = "use a model of stage tune or preference; a dual encoder is measured by `evaluation` in its recipe"
+        raise ModelError(Problem(message, file=str(folder), remedy=remedy))
+    device, dtype = inference_device()
+    loaded = load_vlm(VlmConfig.model_validate({"from": str(folder)}), dtype=dtype)
+    loaded.model.to(device)
+    return loaded
+
+
+def inference_device() -> tuple[torch.device, torch.dtype]:
+    """A GPU, in bfloat16 where it computes in it, or the CPU in float32."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), torch.float32
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.device("cuda"), torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def answering_of(loaded: LoadedVlm, max_new_tokens: int, batch: int = 16) -> Answering:
     """A loaded model as something that answers, in its own chat template."""
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", MAX_CONTEXT)
+    limit = context_length(loaded) or MAX_CONTEXT
     return make_answering(loaded, make_encoder(loaded, template_name(loaded), limit), max_new_tokens, batch)
 
 
@@ -64,10 +84,20 @@ def evaluate_answers(
     limit: int | None,
     max_new_tokens: int,
 ) -> dict[str, tuple[float, int]]:
-    """Answer the questions of a data file, print accuracy by task, and write one JSON line per answer if asked."""
+    """Answer the questions of a data file, print accuracy by task, and write one JSON line per answer if asked.
+
+    Raises:
+        DataError: the file holds no question.
+        OSError: `output` cannot be written; found before anything is answered.
+    """
     samples = read_samples(open_datasets([_dataset_config(data, images, format)]), limit)
-    answering = answering_of(load_for_use(model), max_new_tokens)
     total = sum(message.role == "assistant" for sample in samples for message in sample.messages)
+    if not total:
+        remedy = "give rows whose turns include true answers"
+        raise DataError(Problem(f"no question with an answer in {len(samples)} rows", file=str(data), remedy=remedy))
+    if output is not None:
+        output.open("a", encoding="utf-8").close()
+    answering = answering_of(load_for_use(model), max_new_tokens)
     console = Console()
     bar = track(answering.run(samples), "answering", total=total, console=console, transient=True)
     answers: list[Answer] = list(bar)
@@ -176,6 +206,11 @@ def export_run(run: Path, output: Path | None, checkpoint: str) -> Parity:
     if not isinstance(recipe, VlmRecipe):
         message = "a dual encoder needs no export"
         raise ConfigError(Problem(message, file=str(run), remedy=f"{run / 'model'} is a plain Hugging Face folder"))
+    target = output or run / "export"
+    own = {run / name for name in ("", "model", "checkpoints", ADAPTERS)}
+    if target.resolve() in {folder.resolve() for folder in own}:
+        message = "this folder belongs to the run; exporting into it would replace the run's files"
+        raise ConfigError(Problem(message, file=str(target), key="--output", remedy=f"use e.g. {run / 'export'}"))
     # A checkpoint holds what was trained; parts that started at random and stayed frozen come from the seed again.
     seed_everything(recipe.train.seed)
     vlm = build_vlm(recipe)
@@ -183,9 +218,9 @@ def export_run(run: Path, output: Path | None, checkpoint: str) -> Parity:
     snapshot = read(folder)
     # Not the state_dict: it leaves out buffers that a checkpoint holds.
     targets = {**dict(vlm.scorer.named_parameters()), **dict(vlm.scorer.named_buffers())}
-    saved = {name: item for name, item in targets.items() if name in snapshot.weights}
+    trained = {name for name, item in vlm.scorer.named_parameters() if item.requires_grad}
+    saved = {name: item for name, item in targets.items() if name in snapshot.weights or name in trained}
     restore_tensors(saved, snapshot.weights, "weights")
-    target = output or run / "export"
     write_model(target, vlm.loaded)
     parity = check_parity(vlm.loaded, target)
     Console().print(
@@ -246,7 +281,7 @@ def _dataset_config(data: Path, images: Path | None, format: str) -> AnyDatasetC
     if format not in FORMATS:
         raise ConfigError(Problem(f"`{format}` is not a format", key="--format", remedy=did_you_mean(format, FORMATS)))
     values = {"format": format, "path": os.fspath(data), "images": None if images is None else os.fspath(images)}
-    adapter: TypeAdapter[AnyDatasetConfig] = TypeAdapter(DatasetConfig)
+    adapter: TypeAdapter[AnyDatasetConfig] = TypeAdapter(PlainDataset)
     try:
         return adapter.validate_python(values)
     except ValidationError as error:

@@ -25,7 +25,8 @@ from triptych.models.load import LoadedVlm, load_vlm
 from triptych.models.new_tokens import cover_new_tokens, untrained_tokens
 from triptych.models.tuning import TuningPlan, apply_tuning
 from triptych.models.vlm import VlmScorer
-from triptych.stages.build import open_datasets, torch_dtype
+from triptych.stages.build import check_length, open_datasets, torch_dtype
+from triptych.stages.locate import at_key
 from triptych.stages.recipe import TuneRecipe, VlmRecipe
 
 
@@ -52,15 +53,24 @@ class Vlm:
 
 def build_vlm(recipe: VlmRecipe) -> Vlm:
     """Load or compose the model and apply the tuning plan; the same recipe and seed give the same weights."""
-    loaded = load_vlm(recipe.model, dtype=torch_dtype(recipe.dtype))
-    if recipe.template != "model":
-        loaded = with_template(loaded, recipe.template)
-    encoder = make_encoder(loaded, recipe.template, recipe.max_length)
-    stop_at(loaded, encoder.stop_ids)
-    rules = cover_new_tokens(loaded.model, loaded.components, recipe.tuning, untrained_tokens(loaded))
-    plan = apply_tuning(loaded.model, loaded.components, rules, recipe.lr, recipe.weight_decay)
+    with at_key("model"):
+        loaded = load_vlm(recipe.model, dtype=torch_dtype(recipe.dtype))
+    check_length(recipe.max_length, context_length(loaded), "language model")
+    with at_key("template"):
+        if recipe.template != "model":
+            loaded = with_template(loaded, recipe.template)
+        encoder = make_encoder(loaded, recipe.template, recipe.max_length)
+        stop_at(loaded, encoder.stop_ids)
+    with at_key("tuning"):
+        rules = cover_new_tokens(loaded.model, loaded.components, recipe.tuning, untrained_tokens(loaded))
+        plan = apply_tuning(loaded.model, loaded.components, rules, recipe.lr, recipe.weight_decay)
     scorer = VlmScorer(loaded.model, loaded.components, pictures=loaded.pictures)
     return Vlm(loaded, plan, scorer, encoder)
+
+
+def context_length(loaded: LoadedVlm) -> int | None:
+    """Longest row of the language model in tokens; None where its configuration names no limit."""
+    return getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def with_template(loaded: LoadedVlm, name: str) -> LoadedVlm:

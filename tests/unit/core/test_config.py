@@ -189,3 +189,12 @@ def test_differing_keys_show_both_values():
     ]
     assert differing_keys({"data": [1, 2]}, {"data": [1]}) == ["data: [1, 2] -> [1]"]
     assert differing_keys(left, left) == []
+
+
+def test_an_overridden_key_below_an_unknown_one_is_blamed_on_the_command_line(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("loader: {seed: 1}\n")
+    tree = load_tree(path, ["lodaer.seed=3", "loader.seed=2"])
+    assert tree.locate(("lodaer",)) == ("command line", None)
+    assert tree.locate(("loader",)) == (str(path), 1)
+    assert tree.locate(("loader", "seed")) == ("command line", None)

@@ -330,6 +330,37 @@ def test_the_report_can_be_read_on_80_columns(tmp_path: Path) -> None:
     assert not any("…" in line for line in lines)
 
 
+def test_a_row_that_stands_in_two_data_sets_is_a_warning(tmp_path: Path) -> None:
+    picture(tmp_path, "train.png", "test.png")  # two files of one content
+    (train, test), texts = (tmp_path / "train", tmp_path / "test"), ("Q", "other")
+    for folder, text in zip((train, test), texts, strict=True):
+        folder.mkdir()
+        shutil.copy(tmp_path / f"{folder.name}.png", folder)
+        rows = [
+            _chat(f"<image>{text}", "A", images=[f"{folder.name}.png"]),
+            _chat("<image>Q", "B", images=[f"{folder.name}.png"]),
+        ]
+        open_rows(folder, "messages", *rows)
+    configs = [{"format": "messages", "path": f"{name}/rows.jsonl"} for name in ("train", "test")]
+    report = check(tmp_path, *configs)
+    assert not report.has_errors
+    (finding,) = report.findings
+    assert (finding.dataset, finding.problem.line) == ("test/rows.jsonl", 2)
+    assert finding.problem.message == "the row repeats train/rows.jsonl:2 of another data set"
+
+
+def test_the_place_of_a_finding_is_never_broken(tmp_path: Path) -> None:
+    folder = tmp_path / ("long_name_" * 12)
+    folder.mkdir()
+    name = f"{folder.name}/rows.jsonl"
+    open_rows(folder, "messages", {"x": 1})
+    stream = io.StringIO()
+    Console(width=80, file=stream).print(check(tmp_path, {"format": "messages", "path": name}).render(), soft_wrap=True)
+    assert any(
+        f"error: {name}:1: messages: the row has no `messages`" in line for line in stream.getvalue().splitlines()
+    )
+
+
 def test_every_sample_advances_the_progress(tmp_path: Path) -> None:
     steps = []
     check_datasets([open_rows(tmp_path, "messages", {}, {}, {})], advance=lambda: steps.append(1))

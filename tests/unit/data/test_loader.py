@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +18,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from tests.fake_pictures import FakePictures
+from tests.unit.data.formats.reading import open_file
 from triptych.core.errors import CheckpointError, DataError
 from triptych.core.types import IGNORE, Batch, Branch, Example, ImageReference, Message, Origin, Sample, Text, Window
 from triptych.data.images import read_size
@@ -26,6 +29,8 @@ from triptych.data.mixture import Mixture
 class Numbers:
     """Rows whose only content is their number; those named broken cannot be read."""
 
+    digest = "0"
+
     def __init__(self, name: str, size: int, broken: tuple[int, ...] = (), picture: Path | None = None) -> None:
         self.name, self.size, self.broken, self.picture = name, size, broken, picture
 
@@ -34,6 +39,9 @@ class Numbers:
 
     def origin(self, index: int) -> Origin:
         return Origin(self.name, index + 1)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {self.name: self.digest}
 
     def sample(self, index: int) -> Sample:
         if index in self.broken:
@@ -178,6 +186,39 @@ def test_the_ranks_may_change_on_resume_but_not_the_data() -> None:
         make([Numbers("a", 6), Numbers("b", 5)]).load_state_dict(state)
 
 
+def test_a_resume_with_changed_data_names_the_file(tmp_path: Path) -> None:
+    def open_as_loader() -> Loader:
+        return make([open_file(tmp_path, "captions", "rows.csv"), Numbers("b", 4)])  # type: ignore[list-item]
+
+    picture = tmp_path / "1.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    rows = tmp_path / "rows.csv"
+    rows.write_text("image,caption\n1.png,one\n1.png,two\n")
+    state = json.loads(json.dumps(open_as_loader().state_dict()))
+    os.utime(rows, (1, 1))
+    open_as_loader().load_state_dict(state)
+    rows.write_text("image,caption\n1.png,one\n1.png,owt\n")
+    with pytest.raises(CheckpointError, match=r"rows.csv: the data file has changed since the checkpoint"):
+        open_as_loader().load_state_dict(state)
+
+
+def test_skipping_looks_at_every_picture_of_a_tar(tmp_path: Path) -> None:
+    good, path = io.BytesIO(), tmp_path / "pictures.bin"
+    Image.effect_noise((64, 64), 50).save(good, "JPEG")
+    cut = good.getvalue()[:900]
+    path.write_bytes(good.getvalue() + cut)
+
+    class Slices(Numbers):
+        def sample(self, index: int) -> Sample:
+            place = (0, len(good.getvalue())) if index % 2 == 0 else (len(good.getvalue()), len(cut))
+            image = ImageReference(str(path), offset=place[0], size=place[1])
+            return Sample((Message("user", (Text(str(index)), image)),), self.origin(index))
+
+    (window,) = make([Slices("a", 4)], epochs=1, on_bad_row="skip").windows()
+    assert sorted(rows(window)) == ["a:1", "a:3"]
+    assert sorted(str(item) for item in window.skipped) == ["a:2", "a:4"]
+
+
 def assert_equal(left: list[Window], right: list[Window]) -> None:
     assert [(w.index, w.epoch, w.skipped, len(w.batches)) for w in left] == [
         (w.index, w.epoch, w.skipped, len(w.batches)) for w in right
@@ -279,8 +320,27 @@ def test_a_skipped_row_is_listed_and_nothing_takes_its_place(tmp_path: Path, pre
     whole = [rows(window) for window in make(DATA, epochs=1).windows()]
     assert [rows(window) for window in windows] == [[row for row in window if row != "a:3"] for window in whole]
     assert [json.loads(line) for line in report.read_text().splitlines()] == [
-        {"file": "a", "line": 3, "message": "broken row"}
+        {"window": windows[index].index, "file": "a", "line": 3, "message": "broken row"}
+        for index in range(3)
+        if windows[index].skipped
     ]
+
+
+def test_a_row_of_a_window_that_is_repeated_after_a_kill_is_listed_once(tmp_path: Path) -> None:
+    def run(name: str) -> Loader:
+        data = [Numbers("a", 6, broken=(0, 1, 2, 4))]
+        return make(data, global_batch=2, micro_batch=1, epochs=2, on_bad_row="skip", report=tmp_path / name)
+
+    list(run("whole").windows())
+    killed = run("killed")
+    windows = killed.windows()
+    list(itertools.islice(windows, 2))
+    state = killed.state_dict()
+    list(itertools.islice(windows, 2))
+    resumed = run("killed")
+    resumed.load_state_dict(state)
+    list(resumed.windows())
+    assert (tmp_path / "killed").read_text() == (tmp_path / "whole").read_text() != ""
 
 
 def test_skipping_finds_pictures_that_open_but_do_not_decode(tmp_path: Path) -> None:

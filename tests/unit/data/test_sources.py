@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from triptych.core.errors import DataError
-from triptych.data.sources import RowSource, open_source
+from triptych.data.images import read_encoded
+from triptych.data.sources import RowSource, data_files, open_source
 
 
 def _open(folder: Path, name: str, content: str | bytes) -> RowSource:
@@ -99,15 +100,17 @@ class TestTar:
     def test_members_that_share_a_stem_are_a_row(self, tmp_path: Path) -> None:
         members = [("x/0.jpg", b"J"), ("x/0.txt", "ü".encode()), ("x/0.json", b'{"k": 1}'), ("x/1.JPG", b"K")]
         source = _open(tmp_path, "a.tar", _tar(members))
-        assert _rows(source) == [
-            {"__key__": "x/0", "jpg": b"J", "txt": "ü", "json": {"k": 1}},
-            {"__key__": "x/1", "jpg": b"K"},
-        ]
+        first, second = _rows(source)
+        assert (first.pop("jpg").name, read_encoded(source.row(0)["jpg"])) == ("x/0.jpg", b"J")
+        assert first == {"__key__": "x/0", "txt": "ü", "json": {"k": 1}}
+        assert list(second) == ["__key__", "jpg"]
+        assert read_encoded(second["jpg"]) == b"K"
         assert source.place(1) == ("a.tar", 2)
 
-    def test_pickles_stay_bytes(self, tmp_path: Path) -> None:
-        (row,) = _rows(_open(tmp_path, "a.tar", _tar([("0.pyd", b"cos\nsystem\n")])))
-        assert row["pyd"] == b"cos\nsystem\n"
+    def test_other_members_are_left_where_they_are(self, tmp_path: Path) -> None:
+        (row,) = _rows(_open(tmp_path, "a.tar", _tar([("0.pyd", b"cos\nsystem\n"), ("0.jpg", b"")])))
+        assert (row["pyd"].path, row["pyd"].size, row["pyd"].data) == (str(tmp_path / "a.tar"), 11, None)
+        assert row["jpg"] == b""
 
     def test_broken_members_are_errors_of_their_row(self, tmp_path: Path) -> None:
         members = [("0.json", b"{"), ("1.txt", b"\xff"), ("2.txt", b"a"), ("2.txt", b"b"), ("3.txt", b"fine")]
@@ -173,3 +176,17 @@ class TestFolders:
             open_source(tmp_path / "b.pkl", "b.pkl")
         with pytest.raises(DataError, match="does not exist"):
             open_source(tmp_path / "none/b.json", "none/b.json")
+
+
+class TestDataFiles:
+    def test_a_file_a_pattern_and_a_folder_of_shards_with_pictures_beside_them(self, tmp_path: Path) -> None:
+        for name in ("a.jsonl", "b.jsonl", "1.png"):
+            (tmp_path / name).write_text("{}")
+        one, two = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+        assert data_files(one, "in/a.jsonl") == {"in/a.jsonl": one}
+        assert data_files(tmp_path / "*.jsonl", "*.jsonl") == {str(one): one, str(two): two}
+        assert data_files(tmp_path, "in/") == {"in/a.jsonl": one, "in/b.jsonl": two}
+
+    def test_a_saved_data_set(self, tmp_path: Path) -> None:
+        datasets.DatasetDict({"train": datasets.Dataset.from_dict({"a": [1]})}).save_to_disk(str(tmp_path / "set"))
+        assert "set/train/data-00000-of-00001.arrow" in data_files(tmp_path / "set", "set")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.conversations import ORIGIN, OTHER, PICTURE, conversation, preference
 from tests.fake_pictures import PLACEHOLDER, FakePictures
 from tests.real_tokenizers import REAL_TOKENIZERS, smollm2, with_template, with_tokens
 from triptych.core.errors import DataError, ModelError
-from triptych.core.types import IGNORE, Example, ImageReference, Message, Pair, Preference, Sample, TokenKind
+from triptych.core.types import IGNORE, Example, ImageReference, Message, Origin, Pair, Preference, Sample, TokenKind
 from triptych.data.collate import collate
 from triptych.data.segments import Segment
 from triptych.data.tokenize import CaptionEncoder, ConversationEncoder, caption_key
@@ -380,7 +381,7 @@ def test_a_prompt_has_no_labels_and_an_empty_branch() -> None:
 
 
 def caption(text: str, *pictures: ImageReference) -> Sample:
-    return conversation(say("user", *pictures), say("assistant", text), weight=0.5)
+    return conversation(say("user", *pictures), say("assistant", text))
 
 
 def test_a_caption_is_what_the_tokenizer_makes_of_it() -> None:
@@ -388,11 +389,24 @@ def test_a_caption_is_what_the_tokenizer_makes_of_it() -> None:
     example = CaptionEncoder(tokenizer, 16, image_size=SIZES.__getitem__).encode(caption("A red dog", PICTURE))
     assert row(example)["input_ids"] == tokenizer("A red dog")["input_ids"]
     assert row(example)["labels"] == [IGNORE] * 4
-    assert row(example)["weights"] == [0.5] * 4
     assert example.images == (PICTURE,)
     batch = collate([example])
     assert batch.row_images == ((0,),)
     assert batch.text_keys.tolist() == [caption_key("A red dog")]
+
+
+def test_a_pair_cannot_have_a_weight_of_its_own() -> None:
+    sample = replace(caption("A red dog", PICTURE), weight=0.5)
+    with pytest.raises(DataError, match=r"data.jsonl:7: .*weight 0.5, but a contrastive loss weighs all pairs alike"):
+        CaptionEncoder(with_tokens("mistral"), 16, image_size=SIZES.__getitem__).encode(sample)
+
+
+def test_a_prompt_that_cannot_be_encoded_names_its_row() -> None:
+    subject = encoder("smollm2", "chatml", 3)
+    with pytest.raises(DataError, match=r"^prompt:1: "):
+        subject.encode_prompt(ROUNDS[:1])
+    with pytest.raises(DataError, match=r"^eval.json:9: "):
+        subject.encode_prompt(ROUNDS[:1], Origin("eval.json", 9))
 
 
 def test_equal_captions_have_equal_keys() -> None:

@@ -129,6 +129,39 @@ def test_keys_that_cannot_change_a_weight_may_differ(tmp_path: Path) -> None:
     assert checkpoints(tmp_path, train=changed, output="elsewhere").load_newest() is not None
 
 
+@pytest.mark.requirement("G-3")
+def test_what_only_prepares_rows_may_differ_but_not_which_rows_they_are(tmp_path: Path) -> None:
+    loader = {"global_batch": 4, "on_bad_row": "stop", "prefetch": 2, "decode_threads": 4, "report": None}
+    checkpoints(tmp_path, loader=loader).save(snapshot(1), None)
+    changed = {**loader, "on_bad_row": "skip", "prefetch": 0, "decode_threads": 1, "report": "bad.jsonl"}
+
+    assert checkpoints(tmp_path, loader=changed).load_newest() is not None
+    with pytest.raises(CheckpointError, match=r"loader\.global_batch: 4 -> 8"):
+        checkpoints(tmp_path, loader={**changed, "global_batch": 8}).load_newest()
+
+
+def test_evaluation_may_differ_while_it_has_chosen_nothing(tmp_path: Path) -> None:
+    measured = {"data": ["b"], "batch": 4, "show": 0, "max_new_tokens": 8, "answers": False}
+    other = {"data": ["b"], "batch": 2, "show": 3, "max_new_tokens": 9, "answers": True}
+    best = {**RECIPE["train"], "best": {"metric": "loss"}}  # type: ignore[dict-item]
+    typo = {**RECIPE["train"], "best": {"metric": "los"}}  # type: ignore[dict-item]
+
+    done = replace(snapshot(1), summary={"evaluation": {"loss": 1.0}})
+    checkpoints(tmp_path / "plain", evaluation=measured).save(done, None)
+    assert checkpoints(tmp_path / "plain", evaluation=other).load_newest() is not None
+    with pytest.raises(CheckpointError, match=r"evaluation\.data\[0\]"):
+        checkpoints(tmp_path / "plain", evaluation={**other, "data": ["c"]}).load_newest()
+
+    checkpoints(tmp_path / "chosen", evaluation=measured, train=best).save(done, None)
+    with pytest.raises(CheckpointError, match="4 problems"):
+        checkpoints(tmp_path / "chosen", evaluation=other, train=best).load_newest()
+    with pytest.raises(CheckpointError, match=r"train\.best\.metric"):
+        checkpoints(tmp_path / "chosen", evaluation=measured, train=typo).load_newest()
+
+    checkpoints(tmp_path / "early", evaluation=measured, train=typo).save(snapshot(1), None)
+    assert checkpoints(tmp_path / "early", evaluation=other, train=best).load_newest() is not None
+
+
 def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
     two = Snapshot(1, {}, {}, {}, [{}, {}])
     checkpoints(tmp_path).save(two, None)
@@ -139,9 +172,9 @@ def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
 
 def test_another_format_is_refused_not_taken_for_damage(tmp_path: Path) -> None:
     manifest = checkpoints(tmp_path).save(snapshot(1), None) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
 
-    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match="format 99, this version reads 2"):
         checkpoints(tmp_path).load_newest()
 
 

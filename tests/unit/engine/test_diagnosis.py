@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from tests.unit.engine.toy_run import toy_batch
 from triptych.core.errors import TrainingError
 from triptych.core.types import ParameterGroup, Window
-from triptych.engine.diagnosis import GradientReach, gradient_statistics, non_finite_error
+from triptych.engine.diagnosis import GradientReach, empty_window_error, gradient_statistics, non_finite_error
 from triptych.engine.window import NonFinite, WindowResult
 
 
@@ -88,31 +89,61 @@ def test_a_long_window_names_twenty_and_the_note_has_all(tmp_path: Path) -> None
     assert len(json.loads((tmp_path / "non-finite.json").read_text())["samples"]) == 30
 
 
+def test_a_window_without_weight_names_its_samples_once_each() -> None:
+    padding = replace(toy_batch([5]), is_padding=True)
+    error = empty_window_error(2, Window(2, 1.0, (toy_batch([0, 3]), toy_batch([3]), padding)))
+
+    assert "step 3: every term of the loss has weight 0 in this window of 2 samples" in error.problems[0].message
+    assert [(item.file, item.line) for item in error.problems[1:]] == [("toy.jsonl", 1), ("toy.jsonl", 4)]
+
+
+def group(*names: str, name: str = "vision") -> ParameterGroup:
+    return ParameterGroup(name, name, {item: parameter(None) for item in names}, 1.0, 0.0)
+
+
+WINDOW = Window(0, 1.0, (toy_batch([0]),))
+
+
 def test_text_alone_may_wait_for_pictures_but_not_for_ever() -> None:
-    reached = {"vision": False}
+    reached = {"tower": False}
 
     def check(parameters: object) -> list[str]:
         return [name for name, value in reached.items() if not value]
 
-    window = Window(0, 1.0, (toy_batch([0]),))
-    reach = GradientReach(check, {"vision": parameter(None)})
+    reach = GradientReach(check, [group("tower")])
     for step in range(5):
-        reach.look(step, window, result())
-    reached["vision"] = True
-    reach.look(5, window, result())
-    reached["vision"] = False
+        reach.look(step, WINDOW, result())
+    reached["tower"] = True
+    reach.look(5, WINDOW, result())
+    reached["tower"] = False
     for step in range(6, 40):
-        reach.look(step, window, result())  # it was reached once
+        reach.look(step, WINDOW, result())  # it was reached once
+    reach.finish()
 
-    reach = GradientReach(check, {"vision": parameter(None)})
-    with pytest.raises(TrainingError, match="vision: trainable, but no gradient reaches it"):
+    reach = GradientReach(check, [group("tower")])
+    with pytest.raises(TrainingError, match="no gradient reaches 1 trainable parameters"):
         for step in range(40):
             last = step
-            reach.look(step, window, result())
+            reach.look(step, WINDOW, result())
     assert last == GradientReach.PATIENCE - 1
 
 
+def test_at_the_end_the_unreached_are_named_by_group_with_one_remedy() -> None:
+    many = [f"block.{number}" for number in range(25)]
+    groups = [group("patch", *many), group("head", name="language"), group("a", "b", name="connector")]
+    reach = GradientReach(lambda parameters: [name for name in parameters if name not in ("patch", "head")], groups)
+    reach.look(0, WINDOW, result())
+
+    with pytest.raises(TrainingError) as caught:
+        reach.finish()
+    headline, vision, connector = caught.value.problems
+    assert headline.key == "tuning" and "27 trainable parameters" in headline.message
+    assert vision.message.startswith("group vision: 25 of 26: block.0, ") and vision.message.endswith(" and 5 more")
+    assert connector.message == "group connector: 2 of 2: a, b"
+    assert str(caught.value).count("->") == 1
+
+
 def test_a_window_without_anything_supervised_tells_nothing() -> None:
-    reach = GradientReach(lambda parameters: list(parameters), {"a": parameter(None)})
+    reach = GradientReach(lambda parameters: list(parameters), [group("a")])
     for step in range(40):
-        reach.look(step, Window(0, 1.0, (toy_batch([0]),)), result(weight=0.0))
+        reach.look(step, WINDOW, result(weight=0.0))

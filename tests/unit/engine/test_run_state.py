@@ -49,7 +49,8 @@ def test_monitors_may_be_added_and_taken_away_between_two_starts(tmp_path: Path)
 
 @pytest.mark.requirement("G-7")
 def test_two_processes_resume_bit_identical_and_sharded_runs_write_the_same_checkpoint(tmp_path: Path) -> None:
-    """DDP and FSDP2 on gloo, broken off after step 5; random numbers differ between ranks."""
+    """DDP and FSDP2 on gloo, broken off after step 5; random numbers differ between ranks. Then, in the worker itself:
+    a signal to one rank stops both after the same step, and a bad row of one rank is the error of both."""
     launch("tests.unit.engine.resume_worker", [str(tmp_path)])
 
     found = {strategy: outcome(tmp_path / strategy / "broken") for strategy in ("ddp", "fsdp")}
@@ -57,6 +58,7 @@ def test_two_processes_resume_bit_identical_and_sharded_runs_write_the_same_chec
         assert_identical(values, outcome(tmp_path / strategy / "whole"), strategy)
         first, second = values["ranks"]
         assert not torch.equal(first["random"]["torch"], second["random"]["torch"])
+    assert_identical(outcome(tmp_path / "ddp" / "stopped"), outcome(tmp_path / "ddp" / "whole"))
     for name, tensor in found["ddp"]["weights"].items():
         torch.testing.assert_close(tensor, found["fsdp"]["weights"][name], rtol=1e-5, atol=1e-6)
     assert found["ddp"]["optimizer"]["state"].keys() == found["fsdp"]["optimizer"]["state"].keys()

@@ -20,7 +20,7 @@ def test_three_evaluations_without_improvement_stop() -> None:
     tracker, improved = run([1.0, 0.5, 0.6, 0.5, 0.7], patience=3)
 
     assert improved == [True, True, False, False, False]
-    assert (tracker.value, tracker.step) == (0.5, 2)
+    assert (tracker.value, tracker.step, tracker.results) == (0.5, 2, {"loss": 0.5})
     assert tracker.should_stop
 
 

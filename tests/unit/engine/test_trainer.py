@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from tests.unit.engine.toy_run import (
+    LENGTH,
     NUM_WINDOWS,
     ToyEvaluator,
     ToyObjective,
@@ -28,9 +30,9 @@ from tests.unit.engine.toy_run import (
     toy_batch,
     toy_trainer,
 )
-from triptych.core.errors import CheckpointError, TrainingError
+from triptych.core.errors import CheckpointError, DataError, TrainingError
 from triptych.core.protocols import Objective
-from triptych.core.types import ImageReference, Progress, Window
+from triptych.core.types import ImageReference, Progress, StepRecord, Window
 from triptych.engine.checkpoint import read
 from triptych.engine.trainer import FitResult
 
@@ -190,6 +192,7 @@ def test_the_best_checkpoint_is_kept_and_is_the_model_saved(tmp_path: Path) -> N
     result = trainer.fit()
 
     assert (result.best_value, result.best_step, result.stopped_early) == (1.0, 2, False)
+    assert result.evaluation == {"loss": 1.0}  # of the weights that were saved, not the last one
     folders = sorted(item.name for item in (tmp_path / "checkpoints").iterdir())
     assert folders == ["best", "last", "step-00000002", "step-00000009"]
     best = read(tmp_path / "checkpoints" / "best").weights
@@ -346,13 +349,175 @@ def test_a_trainable_parameter_without_gradient_stops_the_run(tmp_path: Path) ->
     with pytest.raises(TrainingError) as caught:
         trainer.fit()
 
-    names = [problem.key for problem in caught.value.problems]
-    assert names == ["embedding.weight", "unused.weight", "unused.bias"]
+    assert [problem.message for problem in caught.value.problems] == [
+        "no gradient reaches 3 trainable parameters",
+        "group toy: 3 of 5: embedding.weight, unused.weight, unused.bias",
+    ]
     assert trainer.progress.step == 0
+
+
+def test_a_run_shorter_than_the_patience_is_refused_at_its_end_and_at_every_start_after_it(tmp_path: Path) -> None:
+    saved: list[Path] = []
+    for _ in range(2):
+        scorer = ToyScorer().train()
+        scorer.unused = nn.Linear(2, 2)
+        trainer = toy_trainer(tmp_path, scorer=scorer, gradient_check=unreached, save_model=saved.append)
+        with pytest.raises(TrainingError, match="no gradient reaches 2 trainable parameters"):
+            trainer.fit()
+        assert trainer.progress.step == NUM_WINDOWS
+    assert not saved
+
+
+def test_the_check_goes_on_after_a_resume_for_those_not_reached_yet(tmp_path: Path) -> None:
+    """Before the break the head was reached; afterwards nothing is, which only the others are blamed for."""
+
+    def start(reaching: set[str], fail_at: int | None = None) -> Any:
+        def check(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+            return [name for name in parameters if name not in reaching]
+
+        return toy_trainer(tmp_path, gradient_check=check, monitors=[Watcher(fail_at)])
+
+    with pytest.raises(KeyboardInterrupt):
+        start({"head.weight", "head.bias"}, fail_at=5).fit()
+    with pytest.raises(TrainingError, match=r"group toy: 1 of 3: embedding\.weight"):
+        start(set()).fit()
 
 
 def test_parameters_that_all_get_gradients_pass(tmp_path: Path) -> None:
     assert toy_trainer(tmp_path, gradient_check=unreached).fit().progress.step == NUM_WINDOWS
+
+
+class Emptied(ToySource):
+    """The second window has samples without weight, or none because all its rows were skipped."""
+
+    def __init__(self, is_skipped: bool) -> None:
+        super().__init__()
+        self.is_skipped = is_skipped
+
+    def windows(self) -> Iterator[Window]:
+        for window in super().windows():
+            if window.index == 1:
+                change = {"is_padding": True} if self.is_skipped else {"weights": torch.zeros(2, LENGTH)}
+                batches = tuple(replace(batch, **change) for batch in window.batches)
+                skipped = tuple(origin for batch in batches for origin in batch.origins)
+                window = replace(window, batches=batches, skipped=skipped if self.is_skipped else ())
+            yield window
+
+
+def test_a_window_without_weight_stops_the_run_unless_its_rows_were_skipped_and_reported(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path / "empty", source=Emptied(is_skipped=False))
+    with pytest.raises(TrainingError, match="step 2: every term of the loss has weight 0") as caught:
+        trainer.fit()
+    assert trainer.progress.step == 1
+    assert len(caught.value.problems) == 1 + 4
+
+    assert toy_trainer(tmp_path / "skipped", source=Emptied(is_skipped=True)).fit().progress.step == NUM_WINDOWS
+
+
+class Failing(ToyEvaluator):
+    """Finds a bad row at its second evaluation."""
+
+    def run(self) -> Mapping[str, float]:
+        if self.calls == 1:
+            raise DataError("bad row", file="held-out.jsonl", line=3)
+        return super().run()
+
+
+@pytest.mark.requirement("G-3", "G-7")
+@pytest.mark.parametrize("save_every", [None, 2, 3])
+def test_an_evaluation_that_fails_loses_nothing_and_is_made_up_for(tmp_path: Path, save_every: int | None) -> None:
+    train = {"save_every": save_every}
+    whole = toy_trainer(tmp_path / "whole", train).fit()
+    scorer = ToyScorer().train()
+    with pytest.raises(DataError, match=r"held-out\.jsonl:3"):
+        toy_trainer(tmp_path / "broken", train, scorer=scorer, evaluators=[Failing(scorer)]).fit()
+    assert read(tmp_path / "broken" / "checkpoints" / "last").step == 6
+
+    watcher = Watcher()
+    resumed = toy_trainer(tmp_path / "broken", train)
+    resumed.monitors = [*resumed.monitors, watcher]
+    assert resumed.fit().evaluation == whole.evaluation
+    assert watcher.events[:2] == [("start", 6), ("evaluation", 6)]
+    assert_identical(outcome(tmp_path / "broken"), outcome(tmp_path / "whole"))
+
+
+def test_a_misspelt_metric_may_be_mended_and_the_run_goes_on(tmp_path: Path) -> None:
+    toy_trainer(tmp_path / "whole", {"best": {"metric": "loss"}}).fit()
+    with pytest.raises(TrainingError, match=r"train\.best\.metric: the evaluation has no metric `los`"):
+        toy_trainer(tmp_path / "mended", {"best": {"metric": "los"}}).fit()
+    toy_trainer(tmp_path / "mended", {"best": {"metric": "loss"}}).fit()
+
+    assert_identical(outcome(tmp_path / "mended"), outcome(tmp_path / "whole"))
+
+
+class Signalling(Watcher):
+    """Sends signals to this process after a step, or during an evaluation."""
+
+    def __init__(self, step: int, *signals: signal.Signals) -> None:
+        super().__init__()
+        self.step, self.signals = step, signals
+
+    def on_step(self, record: StepRecord) -> None:
+        super().on_step(record)
+        if record.progress.step == self.step:
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+
+
+@pytest.mark.requirement("G-3", "G-7")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 2, 3, 6, 8, 9])
+def test_a_signal_stops_after_the_step_with_a_checkpoint_of_it(
+    tmp_path: Path, number: signal.Signals, step: int, uninterrupted: dict[str, Any]
+) -> None:
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    broken = toy_trainer(tmp_path)
+    broken.monitors = [*broken.monitors, Signalling(step, number)]
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as caught:
+        broken.fit()
+    if number == signal.SIGTERM:
+        assert caught.value.code == 143
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    assert read(tmp_path / "checkpoints" / "last").step == step
+
+    torch.rand(step)
+    watcher = Watcher()
+    resumed = toy_trainer(tmp_path)
+    resumed.monitors = [*resumed.monitors, watcher]
+    resumed.fit()
+    assert watcher.events[0] == ("start", step)
+    assert_identical(outcome(tmp_path), uninterrupted)
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
+    watcher = Signalling(3, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        toy_trainer(tmp_path, monitors=[watcher]).fit()
+    assert watcher.events[-1] == ("end", 3)
+    assert read(tmp_path / "checkpoints" / "last").step == 2
+
+
+def test_a_signal_while_the_model_is_written_ends_the_run_after_it(tmp_path: Path) -> None:
+    saved: list[Path] = []
+
+    def save(folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        saved.append(folder)
+
+    with pytest.raises(SystemExit):
+        toy_trainer(tmp_path, save_model=save).fit()
+    assert saved == [tmp_path / "model"]
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
+    def start_another() -> None:
+        with pytest.raises(TrainingError, match=f"another process \\({os.getpid()}\\) is training into this folder"):
+            toy_trainer(tmp_path).fit()
+
+    trainer = toy_trainer(tmp_path)
+    trainer.after_step = start_another
+    trainer.fit()
+    toy_trainer(tmp_path).fit()  # released
 
 
 def test_a_source_that_lost_its_place_is_noticed(tmp_path: Path) -> None:

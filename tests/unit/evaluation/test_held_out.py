@@ -16,8 +16,8 @@ from triptych.engine.parallel import Runtime, RuntimeConfig
 from triptych.engine.state import seed_everything
 from triptych.engine.step import run_window
 from triptych.evaluation.held_out import HeldOutLoss
-from triptych.stages import STAGES
 from triptych.stages.build import Built, make_held_out_loader, make_loader
+from triptych.stages.table import STAGES
 
 KINDS = list(RECIPES)
 

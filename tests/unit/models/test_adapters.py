@@ -14,14 +14,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 
-from tests.tiny import FAMILIES, tiny_family, token_id
+from tests.tiny import tiny_family, token_id
 from triptych.core.errors import ModelError
 from triptych.models.adapters import (
     adapter_names,
     adapters_disabled,
-    adapters_merged,
     load_adapters,
     merge_adapters,
     save_adapters,
@@ -242,51 +241,6 @@ def test_disagreements_are_named(tmp_path: Path) -> None:
 
 
 # --- merging -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.requirement("E-38", "E-4")
-@pytest.mark.parametrize("tied", [False, True])
-def test_merged_logits_equal_unmerged_ones(tied: bool, tmp_path: Path) -> None:
-    model, _ = trained(llava(tied), connector="full", tokens=(5, 8))
-    expected = logits(model)
-    layer = model.model.language_model.layers[0].self_attn.q_proj
-    pair = layer.lora_B[TWO[1]].weight @ layer.lora_A[TWO[1]].weight
-    by_hand = layer.base_layer.weight + 2.0 * pair
-    merged = merge_adapters(model)
-    assert merged is model and adapter_names(model) == ()
-    assert set(dict(merged.named_parameters())) == set(dict(llava(tied).named_parameters()))
-    torch.testing.assert_close(merged.model.language_model.layers[0].self_attn.q_proj.weight, by_hand)
-    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
-    assert (merged.lm_head.weight is merged.get_input_embeddings().weight) == tied
-    merged.save_pretrained(tmp_path)
-    reloaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
-    torch.testing.assert_close(logits(reloaded), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ModelError, match="no adapters to merge"):
-        merge_adapters(merged)
-
-
-@pytest.mark.requirement("E-38")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_merges(family: str) -> None:
-    model, _ = trained(tiny_family(family)[0], tokens=(5,))
-    expected = text_logits(model)
-    torch.testing.assert_close(text_logits(merge_adapters(model)), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.requirement("E-38", "E-4")
-@pytest.mark.parametrize("tied", [False, True])
-def test_unmerging_gives_the_base_weights_back_bit_for_bit(tied: bool) -> None:
-    model, _ = trained(llava(tied), tokens=(5, 8))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    expected = logits(model)
-    with adapters_merged(model):
-        assert not torch.equal(
-            model.state_dict()["model.language_model.layers.0.mlp.up_proj.base_layer.weight"],
-            before["model.language_model.layers.0.mlp.up_proj.base_layer.weight"],
-        )
-        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert torch.equal(logits(model), expected)
 
 
 def test_a_weight_that_is_not_finite_does_not_merge() -> None:

@@ -284,7 +284,6 @@ def test_projections_start_at_0_02_and_towers_keep_their_weights(parts: Path) ->
 def test_every_parameter_belongs_to_a_component_and_gets_a_gradient(parts: Path, kind: str) -> None:
     loaded = load(parts, kind)
     wrapped = scorer(loaded)
-    wrapped.set_activation_checkpointing(True)
     wrapped.train()
     scores = wrapped(batch(loaded, CAPTIONS, [(0,), (1,), (2,)]))
     loss = (scores.image_embeddings**2).sum() + (scores.text_embeddings**2).sum() + scores.logit_scale

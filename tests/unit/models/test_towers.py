@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from tests.tiny import tiny_clip, tiny_llama, tiny_siglip, tiny_tokenizer
 from triptych.core.errors import ModelError
@@ -14,6 +15,7 @@ from triptych.models.towers import (
     LanguageConfig,
     TextConfig,
     VisionConfig,
+    _from_fields,
     find_blocks,
     fix_parameter,
     load_language_model,
@@ -145,3 +147,28 @@ def test_fixed_parameter_is_saved_but_no_longer_a_parameter() -> None:
     assert [name for name, _ in model.named_parameters()] == ["0.bias"]
     assert set(model.state_dict()) == {"0.weight", "0.bias"}
     assert torch.equal(model(torch.arange(3.0)), before)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({**TINY_VISION, "hidden_sizes": 33}, "`siglip_vision_model` has no field `hidden_sizes`"),
+        ({"model_type": "siglip", "vision_config": {"patch_sise": 8}}, "no field `vision_config.patch_sise`"),
+    ],
+)
+def test_fields_that_no_configuration_has_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message + r"(?s:.*)did you mean"):
+        load_vision_tower(VisionConfig(config=fields), torch.float32, pooled=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt2", "bert", "clip_text_model", "mixtral"])
+def test_configurations_as_transformers_writes_them_are_accepted(name: str) -> None:
+    fields = AutoConfig.for_model(name).to_dict()
+    assert _from_fields(fields).to_dict() == fields
+
+
+def test_other_names_and_older_spellings_of_fields_are_accepted() -> None:
+    config = _from_fields({"model_type": "gpt2", "hidden_size": 8, "n_head": 2})
+    assert (config.n_embd, config.num_attention_heads) == (8, 2)
+    older = _from_fields({"model_type": "llama", "rope_theta": 5e5})
+    assert older.rope_parameters["rope_theta"] == 5e5

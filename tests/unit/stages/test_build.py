@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,19 @@ import torch
 
 from tests.commands import read_recipe, write
 from tests.recipes.tiny_recipes import Files, tune
-from triptych.core.errors import DataError
+from triptych.core.errors import DataError, TriptychError
+from triptych.core.types import Message, Origin, Pair, Preference, Sample, Text
 from triptych.data.formats import LlavaConfig
-from triptych.stages.build import make_held_out_loader, make_loader, open_datasets, resolved, torch_dtype
+from triptych.stages.build import (
+    make_held_out_loader,
+    make_loader,
+    open_datasets,
+    pair_rows,
+    plain_rows,
+    preflight,
+    resolved,
+    torch_dtype,
+)
 from triptych.stages.tune import build_tune
 
 
@@ -46,3 +57,39 @@ def test_dtypes() -> None:
         torch.bfloat16,
         torch.float64,
     ]
+
+
+def test_rows_of_the_wrong_shape_name_their_place() -> None:
+    message = Message("user", (Text("who?"),))
+    plain = Sample((message,), Origin("a.json", 3))
+    pair = replace(plain, preference=Preference(((message,), (message,)), (Pair(0, 1),)))
+    kept: list[Sample] = []
+    plain_rows(kept.append)(plain)  # type: ignore[arg-type]
+    pair_rows(kept.append)(pair)  # type: ignore[arg-type]
+    assert kept == [plain, pair]
+    with pytest.raises(DataError, match=r"a.json:3: the row holds answers to compare(?s:.*)stage preference"):
+        plain_rows(kept.append)(pair)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"a.json:3: the row holds no answers to compare(?s:.*)stage tune"):
+        pair_rows(kept.append)(plain)  # type: ignore[arg-type]
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.schedule={kind: three_phase, warmup: 8, cooldown: 8}", "do not fit into 10 steps"),
+        ("train.optimizer={max_component_norms: {visoin: 1.0}}", "visoin"),
+        ("data.0.weight=0.5", None),
+        ("train.runtime.activation_checkpointing=[9]", "blocks .* do not exist"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before(
+    override: str, said: str | None, files: Files, tmp_path: Path
+) -> None:
+    recipe = read_recipe(write(tmp_path / "recipe.yaml", {"output": "run", **tune(files)}), override)
+    built = build_tune(recipe)
+    if said is None:
+        preflight(recipe, built)
+        return
+    with pytest.raises(TriptychError, match=said):
+        preflight(recipe, built)

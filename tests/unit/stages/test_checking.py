@@ -45,3 +45,22 @@ def test_files_that_cannot_be_opened_are_reported_together(files: Files, tmp_pat
     assert done.status == 1
     assert "a.json" in done.out and "b.json" in done.out and "2 errors" in done.out
     assert "24" in done.out  # the readable data set was checked all the same
+
+
+def test_shown_rows_are_shared_by_the_data_sets(files: Files, tmp_path: Path) -> None:
+    recipe = write(tmp_path / "recipe.yaml", {"output": str(tmp_path / "run"), **contrastive(files)})
+    done = triptych("check", recipe, "--samples", "3")
+    assert [f"{name})" in done.out for name in ("(train-1", "(train-2", "(train-3", "(test-1", "(test-2")] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_what_training_would_refuse_is_an_error_of_the_check(files: Files, tmp_path: Path) -> None:
+    recipe = write(tmp_path / "recipe.yaml", {"output": str(tmp_path / "run"), **tune(files)})
+    for command in (["check", recipe], ["train", recipe, "--dry-run"]):
+        done = triptych(*command, "train.schedule={kind: three_phase, warmup: 9, cooldown: 9}")
+        assert done.status == 1 and "do not fit into 10 steps" in done.err and "command line" in done.err

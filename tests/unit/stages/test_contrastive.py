@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
-from tests.commands import triptych, write
+from tests.commands import read_recipe, triptych, write
 from tests.recipes.tiny_recipes import Files, contrastive
+from triptych.core.errors import ModelError
+from triptych.stages.contrastive import build_contrastive
 
 
 def test_it_ends_with_a_dual_encoder_and_its_recall(files: Files, tmp_path: Path) -> None:
@@ -40,3 +43,18 @@ def test_it_ends_with_a_dual_encoder_and_its_recall(files: Files, tmp_path: Path
     assert text.shape == (1, 16)
     refused = triptych("export", tmp_path / "run")
     assert refused.status == 1 and "a dual encoder needs no export" in refused.err
+
+
+def test_captions_longer_than_the_text_tower_takes_are_refused(files: Files, tmp_path: Path) -> None:
+    file = write(tmp_path / "recipe.yaml", {"output": "run", **contrastive(files)})
+    with pytest.raises(ModelError, match=r"max_length 65 is more than the 64 tokens .* of the text encoder"):
+        build_contrastive(read_recipe(file, "max_length=65"))
+
+
+@pytest.mark.parametrize("arguments", [("check",), ("train", "--dry-run"), ("train",)])
+def test_a_sigmoid_loss_without_a_bias_is_refused(arguments: tuple[str, ...], files: Files, tmp_path: Path) -> None:
+    file = write(tmp_path / "recipe.yaml", {"output": str(tmp_path / "run"), **contrastive(files)})
+    done = triptych(*arguments, file, "objective.loss=siglip")
+    assert done.status == 1 and "command line: objective.loss: loss `siglip` adds a bias" in done.err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert build_contrastive(read_recipe(file, "objective.loss=siglip", "model.bias_init=-10"))

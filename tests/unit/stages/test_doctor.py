@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +32,16 @@ def test_problems_carry_a_remedy_and_set_the_exit_status(monkeypatch: pytest.Mon
     ]
     done = triptych("doctor")
     assert done.status == 1 and "problem: pillow 13.0.0" in done.out
+
+
+def test_broken_libraries_are_reported_and_the_rest_of_the_report_stands(tmp_path: Path) -> None:
+    for name in ("peft", "torchvision"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('operator nms does not exist\\nsee above')")
+    command = [sys.executable, "-m", "triptych.cli", "doctor"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1 and done.stderr == ""
+    assert "peft does not import (RuntimeError: operator nms does not exist) -> pip install" in done.stdout
+    assert "torchvision is installed but does not import" in done.stdout and "pip uninstall torchvision" in done.stdout
+    assert "CPU (" in done.stdout and "GiB free of" in done.stdout

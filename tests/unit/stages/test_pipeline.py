@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from tests.commands import Outcome, triptych, write
 from tests.recipes.tiny_recipes import Files, contrastive, tune
 from triptych.core.config import load_tree
 from triptych.core.errors import ConfigError
-from triptych.stages.pipeline import stage_trees
+from triptych.stages.build import resolved
+from triptych.stages.pipeline import read_stages
 
 
 def write_pipeline(folder: Path, files: Files, **changes: Any) -> Path:
@@ -92,7 +94,7 @@ def test_a_pipeline_is_checked_as_a_whole(files: Files, tmp_path: Path) -> None:
 
 def problems(file: Path) -> str:
     with pytest.raises(ConfigError) as caught:
-        list(stage_trees(load_tree(file)))
+        read_stages(load_tree(file))
     return str(caught.value)
 
 
@@ -115,3 +117,41 @@ def test_overrides_do_not_reach_into_the_recipes_of_a_pipeline(files: Files, tmp
     outcome = triptych("train", write_pipeline(tmp_path, files), "lr=0.1")
     assert outcome.status == 1
     assert "unknown key `lr`" in outcome.err and "command line" in outcome.err
+
+
+def test_a_finished_stage_is_skipped_only_for_the_same_recipe_and_models(files: Files, tmp_path: Path) -> None:
+    pipeline, run = write_pipeline(tmp_path, files), tmp_path / "run"
+    for name in ("towers", "instruct", "again"):
+        (run / name).mkdir(parents=True)
+        stage = next(item for item in read_stages(load_tree(pipeline)) if item.output.name == name)
+        (run / name / "recipe.yaml").write_text(yaml.safe_dump(resolved(stage.recipe)))
+        (run / name / "finished.json").write_text("{}")
+        assert stage.is_ready and stage.skips()
+    assert succeed(triptych("train", pipeline)).count("finished before") == 3
+
+    write(tmp_path / "towers.yaml", yaml.safe_load((tmp_path / "towers.yaml").read_text()), lr=0.5, max_length=40)
+    refused = triptych("train", pipeline)
+    assert refused.status == 1 and "finished with another recipe: lr: 0.003 -> 0.5" in refused.err
+    assert "finished with another recipe: max_length: 48 -> 40" in refused.err
+    assert f"delete {run / 'towers'}" in refused.err and "choose another output" in refused.err
+
+    write_pipeline(tmp_path, files)
+    values = yaml.safe_load((tmp_path / "towers.yaml").read_text())
+    write(tmp_path / "towers.yaml", values, train={"log_every": 7})  # changes no weight
+    old = (run / "instruct" / "finished.json").stat().st_mtime_ns
+    os.utime(run / "towers" / "finished.json", ns=(old + 10**9, old + 10**9))
+    refused = triptych("train", pipeline)
+    assert refused.status == 1 and refused.out == ""
+    assert f"started from the model in {run / 'towers'}, which was finished again" in refused.err
+    assert f"delete {run / 'instruct'} to train it again" in refused.err
+
+
+def test_every_recipe_is_validated_before_the_first_is_run(files: Files, tmp_path: Path) -> None:
+    pipeline = write_pipeline(tmp_path, files)
+    for name in ("instruct", "again"):
+        values = yaml.safe_load((tmp_path / f"{name}.yaml").read_text())
+        write(tmp_path / f"{name}.yaml", values, loader={"micro_batches": 3})
+    refused = triptych("train", pipeline)
+    assert refused.status == 1 and "2 problems" in refused.err
+    assert "instruct.yaml:" in refused.err and "again.yaml:" in refused.err
+    assert not (tmp_path / "run").exists()

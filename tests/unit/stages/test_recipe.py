@@ -10,17 +10,14 @@ from tests.commands import read_recipe, write
 from tests.recipes.tiny_recipes import RECIPES, Files
 from triptych.core.config import load_tree
 from triptych.core.errors import ConfigError
-from triptych.stages import STAGES
-from triptych.stages.pipeline import stage_trees
+from triptych.stages.pipeline import read_stages
 
 SHIPPED = sorted((Path(__file__).parents[3] / "recipes").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_every_shipped_recipe_is_valid(file: Path) -> None:
-    for _, tree, _ in stage_trees(load_tree(file)):
-        schema, _ = STAGES[tree.values["stage"]]
-        schema.model_validate(tree.values)
+    assert read_stages(load_tree(file))
 
 
 @pytest.mark.parametrize("kind", RECIPES)
@@ -42,3 +39,42 @@ def test_a_recipe_needs_rules_data_and_a_rate(tmp_path: Path) -> None:
         read_recipe(write(tmp_path / "recipe.yaml", {"stage": "tune", "tuning": [], "lr": 0}))
     keys = {problem.key for problem in caught.value.problems}
     assert {"output", "tuning", "lr", "data", "loader", "model"} <= keys
+
+
+PAIRS, ROWS = {"format": "preference", "path": "pairs.json"}, {"format": "llava", "path": "rows.json"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "said"),
+    [
+        ("language", PAIRS, "hold answers to compare: use them in a recipe of stage preference"),
+        ("contrastive", PAIRS, "hold answers to compare: use them in a recipe of stage preference"),
+        ("dpo", ROWS, "rows of format `llava` hold no answers to compare: use format `preference`, or stage tune"),
+    ],
+)
+def test_rows_of_the_wrong_shape_are_refused_with_their_line(
+    kind: str, wrong: dict[str, str], said: str, files: Files, tmp_path: Path
+) -> None:
+    values = {"output": "run", **RECIPES[kind](files)}
+    sections = {"data": [*values["data"], dict(wrong)], "evaluation": {"data": [dict(wrong)]}}
+    file = write(tmp_path / "recipe.yaml", {**values, **sections})
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(file)
+    lines = [
+        number for number, line in enumerate(file.read_text().splitlines(), 1) if line.endswith(f" {wrong['path']}")
+    ]
+    assert [problem.line for problem in caught.value.problems] == [number - 1 for number in lines]
+    assert {problem.key for problem in caught.value.problems} == {
+        f"data[{len(values['data'])}]",
+        "evaluation.data[0]",
+    }
+    assert str(caught.value).count(said) == 2
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "dpo"])
+def test_answers_are_for_models_that_are_tuned_to_answer(kind: str, files: Files, tmp_path: Path) -> None:
+    values = {"output": "run", **RECIPES[kind](files)}
+    evaluation = {"data": values["data"], "answers": True, "show": 3}
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(write(tmp_path / "recipe.yaml", values, evaluation=evaluation))
+    assert [problem.key for problem in caught.value.problems] == ["evaluation.answers", "evaluation.show"]

@@ -52,6 +52,21 @@ def test_a_run_resumes_and_a_changed_recipe_is_refused_by_its_keys(files: Files,
     assert json.loads((run / "finished.json").read_text())["steps"] == 2
 
 
+@pytest.mark.requirement("G-4")
+def test_what_a_finished_run_reports_is_of_the_weights_it_saved(files: Files, tmp_path: Path) -> None:
+    """The loss falls, so that the largest is the best of `mode: max`: that of the first evaluation."""
+    best = ["train.evaluate_every=1", "train.best.metric=loss", "train.best.mode=max"]
+    done = triptych("train", recipe(files, tmp_path), *best)
+    assert done.status == 0, done.err
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    first, last = (event["results"] for event in events if event["event"] == "evaluation")
+    finished = json.loads((tmp_path / "run" / "finished.json").read_text())
+
+    assert first != last
+    assert (finished["best_step"], finished["evaluation"]) == (1, first)
+    assert f"loss: {first['loss']:.4g}" in done.out
+
+
 def test_nothing_of_the_libraries_is_printed(files: Files, tmp_path: Path) -> None:
     done = triptych("train", recipe(files, tmp_path))
     assert done.err == ""

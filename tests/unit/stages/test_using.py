@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.commands import triptych
@@ -21,7 +22,7 @@ from triptych.core.errors import ConfigError, DataError
 from triptych.core.types import Message
 from triptych.export.parity import Parity
 from triptych.stages import using
-from triptych.stages.using import Chat, answering_of, find_checkpoint, load_for_use
+from triptych.stages.using import Chat, answering_of, find_checkpoint, inference_device, load_for_use
 
 
 def test_eval_prints_accuracy_by_task_and_writes_a_line_for_each_answer(
@@ -167,3 +168,55 @@ def test_wrong_input_is_an_error_with_a_remedy(
     assert done.status == 1
     assert done.err.startswith("error: ") and "Traceback" not in done.err
     assert re.search(said, done.err), done.err
+
+
+def test_the_answers_file_is_opened_and_questions_are_counted_before_any_work(
+    lora_run: Run, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr(using, "load_for_use", fail)
+    done = triptych(
+        "eval", "model", files.data / "test.json", "--images", files.data / "pictures", "--output", tmp_path
+    )
+    assert done.status == 1 and done.err.startswith("error: [Errno 21]") and str(tmp_path) in done.err
+    pairs = triptych("eval", "model", files.data / "pairs.json", "--format", "preference")
+    assert pairs.status == 1 and "hold answers to compare" in pairs.err
+    monkeypatch.setattr(using, "read_samples", lambda datasets, limit: [])
+    nothing = triptych("eval", "model", files.data / "test.json")
+    assert nothing.status == 1 and "no question with an answer in 0 rows" in nothing.err
+
+
+@pytest.mark.parametrize("command", ["eval", "chat"])
+def test_a_dual_encoder_does_not_answer(command: str, files: Files, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["VisionTextDualEncoderModel"]}))
+    data = [files.data / "test.json", "--images", files.data / "pictures"] if command == "eval" else []
+    done = triptych(command, tmp_path, *data)
+    assert done.status == 1 and "this is a dual encoder" in done.err and "Traceback" not in done.err
+
+
+def test_a_gpu_is_used_in_bfloat16_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert inference_device() == (torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
+        assert inference_device() == (torch.device("cuda"), dtype)
+
+
+@pytest.mark.parametrize("inner", ["", "model", "checkpoints", "adapters"])
+def test_an_export_replaces_nothing_of_the_run(inner: str, lora_run: Run) -> None:
+    refused = triptych("export", lora_run.output, "--output", lora_run.output / inner)
+    assert refused.status == 1 and "this folder belongs to the run" in refused.err
+    assert f"use e.g. {lora_run.output / 'export'}" in refused.err
+
+
+def test_an_export_needs_everything_that_was_trained(lora_run: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(lora_run.output, run, symlinks=True)
+    tree = yaml.safe_load((run / "recipe.yaml").read_text())
+    tree["tuning"][-1] = {"match": "language", "method": "full"}  # the checkpoint holds no weights of it
+    (run / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    refused = triptych("export", run, "--checkpoint", "last")
+    assert refused.status == 1 and "not in the checkpoint" in refused.err and not (run / "export").exists()

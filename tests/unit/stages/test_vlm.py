@@ -98,3 +98,9 @@ def test_samples_are_read_in_order_up_to_a_limit(files: Files, tmp_path: Path) -
     datasets = [open_dataset(item, tmp_path) for item in (*recipe.data, *recipe.evaluation.data)]
     assert len(read_samples(datasets)) == 48
     assert [sample.origin.id for sample in read_samples(datasets, 2)] == ["train-000-dog", "train-000-cat"]
+
+
+def test_rows_longer_than_the_language_model_takes_are_refused(files: Files, tmp_path: Path) -> None:
+    assert build(files, tmp_path, "max_length=512")
+    with pytest.raises(ModelError, match=r"max_length: max_length 513 is more than the 512 tokens"):
+        build(files, tmp_path, "max_length=513")

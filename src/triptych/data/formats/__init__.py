@@ -20,7 +20,7 @@ from triptych.data.formats.llava import LlavaConfig, read_llava_row
 from triptych.data.formats.messages import MessagesConfig, read_messages_row
 from triptych.data.formats.preference import PreferenceConfig, read_preference_row
 from triptych.data.formats.texts import TextsConfig, read_texts_row
-from triptych.data.sources import open_source
+from triptych.data.sources import data_files, open_source
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def open_dataset(config: AnyDatasetConfig, base: Path) -> Dataset:
         raise DataError(Problem(message, file=config.images, remedy="set `images:` to the folder that holds them"))
     chosen = FORMATS[config.format]
     counts = chosen.count(source, config) if chosen.count else None
-    return Dataset(config, source, root, chosen.read, None if counts is None else _expand(counts))
+    row_of = None if counts is None else _expand(counts)
+    return Dataset(config, source, root, chosen.read, row_of, data_files(path, config.path))
 
 
 def _expand(counts: Sequence[int]) -> list[tuple[int, int]]:

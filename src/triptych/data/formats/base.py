@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from pydantic import Field
 from triptych.core.config import Config
 from triptych.core.errors import DataError, Problem
 from triptych.core.types import ImageReference, Origin, Sample
+from triptych.data.fingerprint import fingerprint_file
 from triptych.data.images import resolve_image
 from triptych.data.sources import Row, RowSource
 
@@ -46,9 +48,13 @@ class RowContext:
     def picture(self, value: Any) -> ImageReference:
         """Turn what a record holds in a picture field into a reference: a name, bytes, or `{"bytes", "path"}`.
 
+        Sources that can read their pictures later (tars, Parquet) hand over references.
+
         Raises:
             DataError: the value names no picture inside the image root.
         """
+        if isinstance(value, ImageReference):
+            return value
         if isinstance(value, str):
             return resolve_image(self.root, value)
         if isinstance(value, bytes):
@@ -82,6 +88,7 @@ class Dataset:
         root: Path,
         read: ReadRow[Any],
         row_of: Sequence[tuple[int, int]] | None = None,
+        files: Mapping[str, Path] | None = None,
     ) -> None:
         """Args:
         config: its configuration.
@@ -89,9 +96,11 @@ class Dataset:
         root: image root.
         read: the format.
         row_of: for each sample (row, which of the row's samples); None when sample i is row i.
+        files: the files that hold the rows, by the names messages give them.
         """
         self.config = config
         self._source, self._root, self._read, self._row_of = source, root, read, row_of
+        self._files = files or {}
 
     @property
     def name(self) -> str:
@@ -106,6 +115,10 @@ class Dataset:
         file, line = self._source.place(self._locate(index)[0])
         return Origin(file, line)
 
+    def fingerprint(self) -> dict[str, str]:
+        """Data file -> digest that changes with its content; pictures beside it are not looked at."""
+        return {name: fingerprint_file(path) for name, path in self._files.items()}
+
     def sample(self, index: int) -> Sample:
         """Read one sample; its pictures are located, not decoded.
 
@@ -118,7 +131,8 @@ class Dataset:
             row = self._source.row(row_index)
             origin = replace(place, id=_identify(row, place, row_index))
             task = next((row[key] for key in ("task", "channel") if _is_tag(row.get(key))), self.config.task)
-            return self._read(row, self.config, RowContext(self._root, origin, task))[part]
+            sample = self._read(row, self.config, RowContext(self._root, origin, task))[part]
+            return _weigh(sample, row)
         except DataError as error:
             raise located(error, place) from error
 
@@ -141,6 +155,29 @@ def _identify(row: Row, place: Origin, row_index: int) -> str:
             return str(value)
     # The row number, not the line: a minified JSON list has all its rows on line 1.
     return f"{Path(place.file).stem}-{row_index + 1}"
+
+
+def _weigh(sample: Sample, row: Row) -> Sample:
+    """The sample with the row's own weight, which counts for its tokens and its pairs."""
+    given = [key for key in ("weight", "loss_weight") if row.get(key) not in (None, "")]
+    if not given:
+        return sample
+    key = given[0]
+    if len(given) > 1:
+        raise DataError(Problem("the row has both `weight` and `loss_weight`", key=key, remedy="keep one of them"))
+    try:
+        weight = math.nan if isinstance(row[key], bool) else float(row[key])  # a table holds it as text
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    if not (math.isfinite(weight) and weight > 0):
+        remedy = "give a number above 0; to leave the row out, drop it from the file"
+        raise DataError(Problem(f"the row has `{key}: {row[key]}`", key=key, remedy=remedy))
+    preference = sample.preference
+    if preference is not None:
+        preference = replace(
+            preference, pairs=tuple(replace(pair, weight=pair.weight * weight) for pair in preference.pairs)
+        )
+    return replace(sample, preference=preference, weight=sample.weight * weight)
 
 
 def _is_tag(value: object) -> bool:

@@ -90,8 +90,6 @@ def _find_picture(row: Row, config: CaptionsConfig, context: RowContext) -> Imag
         value = value[0]
     if not value:
         raise DataError(_missing("picture", "image_column", column, row))
-    if isinstance(value, bytes) and "__key__" in row:
-        return ImageReference(data=value, name=f"{row['__key__']}.{column}")
     return context.picture(value)
 
 

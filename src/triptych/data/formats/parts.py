@@ -30,6 +30,7 @@ Piece = Text | Slot | ImageReference
 
 # `<image>`, `<image2>`, `<image_2>`, `<image id='x'>`
 _PLACEHOLDER = re.compile(r"""<image(?:_?(?P<number>\d+)|\s+id\s*=\s*(?P<id>"[^"<>]*"|'[^'<>]*'))?>""")
+_OTHER_MEDIA = re.compile("<(video|audio)>")
 _CONTENT_MARKER = "<IMG_CONTEXT>"
 _INLINE_PATH = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 _TEXT_KEYS = ("text", "value", "content")
@@ -125,6 +126,10 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _cut(text: str) -> list[Piece]:
+    other = _OTHER_MEDIA.search(text)
+    if other:
+        message = f"the placeholder `{other[0]}` stands for what no model here can see or hear"
+        raise DataError(Problem(message, remedy="drop the row; write the word differently where text is meant"))
     pieces: list[Piece] = []
     position = 0
     for match in _PLACEHOLDER.finditer(text):
@@ -162,14 +167,14 @@ def _read_part(part: Any, context: RowContext) -> list[Piece]:
 
 
 def _place_at_markers(pieces: list[Piece]) -> list[Piece]:
-    """Pictures that come as parts *and* have a marker each in the text go where the markers are."""
+    """Pictures of xtuner come as parts, in any place, *and* have a marker each in the text: they go there."""
     pictures = [piece for piece in pieces if isinstance(piece, ImageReference)]
-    markers = [piece for piece in pieces if isinstance(piece, Slot)]
-    if not pictures or len(markers) != len(pictures) or any(marker.number for marker in markers):
+    marker = Slot(_CONTENT_MARKER)
+    if not pictures or pieces.count(marker) != len(pictures):
         return pieces
     waiting = iter(pictures)
     kept = [piece for piece in pieces if not isinstance(piece, ImageReference)]
-    return [next(waiting) if isinstance(piece, Slot) else piece for piece in kept]
+    return [next(waiting) if piece == marker else piece for piece in kept]
 
 
 def _picture_order(slots: Sequence[Slot]) -> list[int]:

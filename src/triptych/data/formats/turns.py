@@ -31,6 +31,11 @@ _UNSUPPORTED = {
     "tools": "tool descriptions",
     "objects": "boxes of ms-swift",
 }
+_UNSUPPORTED_IN_TURN = {
+    "tool_calls": "calls of tools",
+    "function_call": "calls of tools",
+    "reasoning_content": "reasoning apart from the answer",
+}
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,14 @@ class Turn:
 
 def refuse_unsupported(row: dict[str, Any]) -> None:
     """Raise DataError where a row holds what this format would silently leave out."""
-    for key, what in _UNSUPPORTED.items():
-        if row.get(key):
-            raise DataError(
-                Problem(f"the row has {what} (`{key}`), which are not supported", key=key, remedy="drop it")
-            )
+    _refuse(row, _UNSUPPORTED, "the row")
+
+
+def _refuse(record: dict[str, Any], unsupported: dict[str, str], name: str) -> None:
+    for key, what in unsupported.items():
+        if record.get(key):
+            message = f"{name} has {what} (`{key}`), not supported"
+            raise DataError(Problem(message, key=key, remedy="drop it"))
 
 
 def read_turns(entries: Any, context: RowContext, *, key: str, inline_paths: bool = False) -> list[Turn]:
@@ -159,6 +167,7 @@ def _read_entry(entry: dict[str, Any], number: int, context: RowContext, key: st
     if name is None:
         message = f"turn {number} has no role"
         raise DataError(Problem(message, key=key, remedy='add "role" (or "from")'))
+    _refuse(entry, _UNSUPPORTED_IN_TURN, f"turn {number}")
     if content is None:
         message = f"turn {number} has no content"
         raise DataError(Problem(message, key=key, remedy='add "content" (or "value")'))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from tests.unit.data.formats.reading import open_file, open_rows, picture, read, shape
 from triptych.core.errors import DataError
 from triptych.data.formats.captions import BRIEF_PROMPTS
-from triptych.data.images import decode
+from triptych.data.images import decode, read_encoded, read_size
 
 
 def _jpeg() -> bytes:
@@ -97,13 +98,30 @@ def test_webdataset_text_or_json_key(tmp_path: Path) -> None:
     assert decode(dataset.sample(0).images[0]).size == (4, 3)
 
 
+def test_a_sample_of_a_tar_holds_no_picture_bytes(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"0.jpg": _jpeg(), "0.txt": b"A dog.", "1.jpg": b"no picture", "1.txt": b"A cat."})
+    dataset = open_file(tmp_path, "captions", "a.tar")
+    (image,), (broken,) = dataset.sample(0).images, dataset.sample(1).images
+    assert (image.data, image.path, image.size) == (None, str(tmp_path / "a.tar"), len(_jpeg()))
+    assert read_encoded(image) == _jpeg()
+    assert len(pickle.dumps(dataset.sample(0))) < 1000
+    assert image == dataset.sample(0).images[0]
+    assert image.identity != broken.identity, "two pictures of one tar"
+    assert read_size(image) == decode(image).size == (4, 3)
+    with pytest.raises(DataError, match=r"`1.jpg` is not a picture"):
+        decode(broken)
+
+
 def test_picture_bytes_from_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = {"image": [{"bytes": _jpeg(), "path": None}], "caption": ["A dog."]}
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "rows.parquet"))
-    sample = open_file(tmp_path, "captions", "rows.parquet").sample(0)
+    dataset = open_file(tmp_path, "captions", "rows.parquet")
+    sample = dataset.sample(0)
     assert decode(sample.images[0]).size == (4, 3)
+    assert (sample.images[0].data, sample.images[0].cell) == (None, (0, "image", "bytes"))
+    assert sample.images[0] == dataset.sample(0).images[0], "read twice, it is the same picture"
     assert sample.messages[1].text == "A dog."
 
 

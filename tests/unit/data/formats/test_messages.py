@@ -150,6 +150,28 @@ def test_xtuner_markers_give_the_places(tmp_path: Path) -> None:
     assert shape(sample.messages)[0] == ("user", ["Is ", "[1.jpg]", " like ", "[2.jpg]", "?"])
 
 
+def test_a_picture_part_stays_where_it_is_when_the_text_mentions_a_placeholder(tmp_path: Path) -> None:
+    picture(tmp_path, "1.jpg")
+    content = [{"type": "image", "image": "1.jpg"}, {"type": "text", "text": "use the <image> tag"}]
+    with pytest.raises(DataError, match=r"1 placeholder \(<image>\) for 0 pictures"):
+        read(tmp_path, "messages", _chat(content))
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ({"content": None, "tool_calls": [{"name": "f"}]}, "turn 2 has calls of tools"),
+        ({"content": "A", "tool_calls": [{"name": "f"}]}, "turn 2 has calls of tools"),
+        ({"content": "A", "reasoning_content": "B"}, "turn 2 has reasoning apart from the answer"),
+        ({"content": "a <video> b"}, "placeholder `<video>`"),
+        ({"content": [{"type": "text", "text": "<audio>"}]}, "placeholder `<audio>`"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(tmp_path: Path, turn: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        read(tmp_path, "messages", {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", **turn}]})
+
+
 def test_xtuner_pretrain_role_is_a_caption_pair(tmp_path: Path) -> None:
     picture(tmp_path, "1.jpg")
     content = [

@@ -1,0 +1,61 @@
+"""One run at a time in an output folder."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from triptych.core import distributed
+from triptych.core.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+NAME = ".lock"
+"""File inside the output folder; it holds the process number of the main rank and stays when the run is over."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this run. Every rank must enter it; the main rank takes the lock.
+
+    The lock belongs to the process, so that one that is killed releases it.
+
+    Raises:
+        TrainingError: another process holds it, on every rank.
+    """
+    descriptor, error = _take(folder) if distributed.is_main() else (None, None)
+    error = distributed.broadcast_object(error)
+    if error is not None:
+        raise error
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _take(folder: Path) -> tuple[int | None, TrainingError | None]:
+    """File descriptor that holds the lock, or why there is none; neither on a file system without locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(descriptor, 100).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        return None, TrainingError(
+            f"another process ({owner}) is training into this folder",
+            file=str(folder),
+            remedy="wait for it or stop it, or choose another output folder",
+        )
+    except OSError as error:
+        os.close(descriptor)
+        logger.warning("%s cannot be locked (%s): start no second run in it", folder, error)
+        return None, None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    return descriptor, None

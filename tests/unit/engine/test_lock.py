@@ -1,0 +1,55 @@
+"""The lock of an output folder: one holder, gone with its process."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from triptych.core.errors import TrainingError
+from triptych.engine.lock import NAME, locked
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from triptych.engine.lock import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_another_process_is_named_and_one_that_is_killed_lets_go(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    with pytest.raises(TrainingError, match=rf"another process \({process.pid}\)") as caught, locked(folder):
+        pass
+    assert caught.value.problems[0].file == str(folder)
+
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    with locked(folder):
+        assert (folder / NAME).read_text() == f"{os.getpid()}\n"
+    with locked(folder):
+        pass
+
+
+def test_a_file_system_without_locks_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level(logging.WARNING), locked(tmp_path):
+        pass
+    assert "cannot be locked" in caplog.text and "start no second run in it" in caplog.text
