@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.conversations import conversation, say
 from tests.tiny import noise, tiny_family
-from triptych.core.types import Example, ImageReference, Message, Sample
+from triptych.core.types import Example, ImageReference, Message, Origin, Sample
 from triptych.data.tokenize import ConversationEncoder
 from triptych.evaluation.answers import Answer, AnswerAccuracy, Answering, accuracy_by_task
 from triptych.models.generation import Prompt, generate
@@ -30,9 +30,9 @@ class Asked:
         self.encoder = encoder
         self.prompts: list[list[str]] = []
 
-    def __call__(self, messages: Sequence[Message]) -> Example:
+    def __call__(self, messages: Sequence[Message], origin: Origin) -> Example:
         self.prompts.append([message.text for message in messages])
-        return self.encoder.encode_prompt(messages)
+        return self.encoder.encode_prompt(messages, origin)
 
 
 def answering(batch_size: int) -> tuple[Answering, Asked]:
