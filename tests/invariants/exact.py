@@ -114,7 +114,7 @@ def _vlm(objective: str, plan: str, dtype: torch.dtype) -> Case:
         return numbered(batch_of(rows, tokenizer, pictures), examples)
 
     goal = DpoObjective(DpoConfig(beta=0.7, sft_coefficient=0.3)) if objective == "dpo" else None
-    return Case(scorer.train(), goal or LanguageObjective(LanguageConfig()), _blocks(components), make, reference)
+    return Case(scorer.train(), goal or LanguageObjective(LanguageConfig()), block_paths(components), make, reference)
 
 
 def _dual(loss: str, plan: str, dtype: torch.dtype) -> Case:
@@ -130,7 +130,7 @@ def _dual(loss: str, plan: str, dtype: torch.dtype) -> Case:
         return numbered(batch_of(rows, tokenizer, Pictures(image_processor)), examples)  # type: ignore[arg-type]
 
     objective = ContrastiveObjective(ContrastiveConfig(loss=loss))  # type: ignore[arg-type]
-    return Case(DualEncoderScorer(model, components).train(), objective, _blocks(components), make)
+    return Case(DualEncoderScorer(model, components).train(), objective, block_paths(components), make)
 
 
 def _tune(model: nn.Module, components: Components, rules: list[dict[str, Any]]) -> TuningPlan:
@@ -195,7 +195,8 @@ def run_rank(name: str, strategy: str) -> dict[str, Any]:
     return {"loss": result.loss, "gradients": gradients_of(module), "sharded": sharded}
 
 
-def _blocks(components: Components) -> list[str]:
+def block_paths(components: Components) -> list[str]:
+    """Module paths of all transformer blocks, the units of sharding."""
     return [f"hf.{path}" for paths in components.layers.values() for path in paths]
 
 

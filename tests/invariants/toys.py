@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -199,9 +200,8 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 def relative_distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     """L2 norm of the difference of two whole gradients over the norm of the first."""
     assert left.keys() == right.keys()
-    flat = [torch.cat([gradient.reshape(-1).double() for gradient in side.values()]) for side in (left, right)]
-    reordered = torch.cat([right[name].reshape(-1).double() for name in left])
-    return float((flat[0] - reordered).norm() / flat[0].norm())
+    difference = sum(float((item.double() - right[name].double()).square().sum()) for name, item in left.items())
+    return math.sqrt(difference / sum(float(item.double().square().sum()) for item in left.values()))
 
 
 def direct_gradients(scorer: ToyScorer, name: str, num_examples: int = 8) -> tuple[float, dict[str, Tensor]]:

@@ -40,7 +40,7 @@ class TokenKind(IntEnum):
 Role = Literal["system", "user", "assistant"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Origin:
     """Where a sample came from; every error and report row names it."""
 
@@ -63,7 +63,7 @@ class PictureRows(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageReference:
     """A picture not yet decoded: a file inside the image root, a slice of a file, a cell of a table, or bytes."""
 
@@ -88,7 +88,7 @@ class ImageReference:
         return self.path, self.offset, self.rows, self.cell, self.data
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Text:
     """A piece of a message."""
 
@@ -100,7 +100,7 @@ class Text:
 Part = Text | ImageReference
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn."""
 
@@ -120,7 +120,7 @@ class Message:
         return "".join(part.text for part in self.parts if isinstance(part, Text))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Box:
     """A box in pixels of the original picture (after EXIF rotation), origin top left."""
 
@@ -133,7 +133,7 @@ class Box:
     """Index of the picture among the sample's pictures."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """`winner` is preferred to `loser`; both index the branches of one example."""
 
@@ -142,7 +142,7 @@ class Pair:
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Preference:
     """Several answers to one prompt and who beats whom."""
 
@@ -151,7 +151,7 @@ class Preference:
     pairs: tuple[Pair, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One row of a data set, in the form every format is read into."""
 
@@ -173,7 +173,7 @@ class Sample:
         return tuple(image for message in turns for image in message.images)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Branch:
     """What one answer adds to the trunk. All tensors [n], n the number of the branch's own tokens."""
 
@@ -192,7 +192,7 @@ class Branch:
     """name -> one number for the branch: rank, score, desirable."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """A tokenised sample as a tree: a trunk that every branch sees, and branches that never see each other.
 

@@ -35,6 +35,9 @@ def run_cached_window(scorer: nn.Module, objective: WindowObjective, feed: Feed,
         tally.add_observed(index, observation.values)
         observations.append(observation)
     window = _join(observations, objective.differentiable)
+    if not keep_graph:
+        # The joined copy is the one in use; a large window would otherwise be held twice.
+        observations = [replace(observation, values={}) for observation in observations]
     for index, observation in enumerate(observations):
         if not observation.batch.is_padding:
             _differentiate(objective, tally, index, observation.batch, window.view(index, detached=False))
@@ -102,12 +105,13 @@ class _JoinedWindow:
         return WindowValues(values, self.starts[index], self.counts[index])
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradient of the whole window's loss by name: the sum of the shares of all ranks."""
+        """Gradient of the whole window's loss by name: the sum of the shares of all ranks. Can be taken once."""
         result: dict[str, Tensor] = {}
         for name, value in self.values.items():
             if value.requires_grad:
                 local = torch.zeros_like(value) if value.grad is None else value.grad
-                result[name] = distributed.all_reduce_sum(local)
+                value.grad = None
+                result[name] = distributed.all_reduce_sum(local) if distributed.is_distributed() else local
         return result
 
 

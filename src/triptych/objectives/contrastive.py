@@ -59,9 +59,11 @@ def info_nce(queries: Tensor, keys: Tensor, positives: Tensor, logit_scale: Tens
         positives: [n, N] bool, at least one in each row.
         logit_scale: 0-d, s.
     """
-    logprobs = F.log_softmax(_logits(queries, keys, logit_scale), dim=-1)
-    targets = positives.to(logprobs.dtype)
-    return -(logprobs * (targets / targets.sum(dim=-1, keepdim=True))).sum()
+    logits = _logits(queries, keys, logit_scale)
+    rows, columns = positives.nonzero(as_tuple=True)
+    # Few of the n x N entries are positives: picking them out keeps one [n, N] tensor for the backward pass, not four.
+    shares = positives.sum(dim=-1).to(logits.dtype).reciprocal()[rows]
+    return torch.logsumexp(logits, dim=-1).sum() - (logits[rows, columns] * shares).sum()
 
 
 def siglip_loss(
@@ -186,8 +188,9 @@ def _num_hits(queries: Tensor, keys: Tensor, positives: Tensor) -> Tensor:
 
 def _logits(queries: Tensor, keys: Tensor, logit_scale: Tensor) -> Tensor:
     # Autocast would run this product in half precision, whose steps are coarser than the differences it must rank.
+    # The scale goes into the [n, D] factor, so that the unscaled [n, N] product need not be kept for its gradient.
     with torch.autocast(queries.device.type, enabled=False):
-        return logit_scale * (queries @ keys.T)
+        return (logit_scale * queries) @ keys.T
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:
