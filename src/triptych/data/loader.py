@@ -294,7 +294,8 @@ class _PixelPrefetch:
 
     def __init__(self, make: Callable[[Batch], dict[str, Tensor]], is_enabled: bool) -> None:
         self._make = make
-        self._pool = ThreadPoolExecutor(2, "triptych-pixels") if is_enabled else None
+        # One thread: each has a heap of its own, which keeps the memory of the largest batch it made.
+        self._pool = ThreadPoolExecutor(1, "triptych-pixels") if is_enabled else None
         self._batches: list[Batch] = []
         self._following: Future[_Prepared] | None = None
         self._next: tuple[Batch, Future[dict[str, Tensor]]] | None = None
@@ -332,7 +333,7 @@ class _PixelPrefetch:
         if index < len(self._batches):
             batch = self._batches[index]
             self._next = (batch, self._pool.submit(self._make, batch))
-        elif self._following is not None and self._next_window is None:
+        elif self._following is not None and self._following.done() and self._next_window is None:
             self._next_window = self._pool.submit(self._make_first, self._following)
 
     def _make_first(self, following: Future[_Prepared]) -> dict[str, Tensor]:
