@@ -23,7 +23,7 @@ $(DEV): $(BASE) requirements/test-no-deps.txt
 
 demo: $(BASE)  ## tune a small vision-language model on pictures and show what it learned
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' recipes/demo/demo.yaml
-	$(BIN)/triptych scenes runs/demo/data --train 32 --test 4
+	$(BIN)/triptych scenes runs/demo/data -n 4000
 	$(BIN)/triptych train recipes/demo/demo.yaml $(ARGUMENTS)
 	@$(BIN)/python recipes/demo/summary.py
 

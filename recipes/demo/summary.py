@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 RUN = Path("runs/demo/instruct")
-PICTURE = Path("runs/demo/data/pictures/test-000-frog.png")
+PICTURE = Path("runs/demo/data/pictures/validation-000003.png")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from triptych import __version__
 from triptych.core.errors import TriptychError
@@ -118,15 +119,25 @@ def export(
 @app.command()
 def scenes(
     output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
-    train_per_name: Annotated[int, typer.Option("--train", help="Training pictures per name.")] = 16,
-    test_per_name: Annotated[int, typer.Option("--test", help="Pictures per name kept out.")] = 4,
+    number: Annotated[int, typer.Option("-n", "--number", min=1, help="Training scenes.")] = 1000,
+    test: Annotated[int, typer.Option(min=1, help="Test questions of each task.")] = 100,
     seed: Annotated[int, typer.Option(help="Scenes are a pure function of it.")] = 0,
 ) -> None:
-    """Write the embedded data set: OpenMoji pictures and their names."""
-    from triptych.data.scenes import write_names
+    """Write the embedded data set: scenes of OpenMoji pictures, questions and captions in every file format."""
+    from triptych.data.scene_files import Sizes, write_scenes
 
-    write_names(output, train_per_name, test_per_name, seed)
-    Console().print(f"wrote {output}/train.json, test.json, train.csv, test.csv and pictures/")
+    console = Console(highlight=False, soft_wrap=True)
+    with Progress(*Progress.get_default_columns(), console=console, transient=True) as progress:
+        bar = progress.add_task("drawing", total=None)
+        is_new = write_scenes(
+            output,
+            Sizes(number, test, seed),
+            lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    if is_new:
+        console.print(f"wrote {number} training scenes and {test} test questions a task to {output}")
+    else:
+        console.print(f"{output} holds exactly this already")
 
 
 @app.command()

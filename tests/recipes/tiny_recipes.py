@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from tests.tiny import tiny_tokenizer
-from triptych.data.scenes import NAMES, QUESTION, write_names
+from triptych.data.scenes import NAMES, glyph
+
+QUESTION = "What is in the picture?"
 
 VISION: dict[str, Any] = {
     "model_type": "siglip_vision_model",
@@ -55,11 +60,30 @@ class Files:
     data: Path
 
 
+def write_names(folder: Path, split: str, count: int) -> None:
+    """`count` small pictures of each name, questions about them (`.json`) and captions (`.csv`)."""
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    generator = random.Random(split)
+    rows, captions = [], ["filepath\ttitle"]
+    for number, name in itertools.product(range(count), NAMES):
+        file, item = f"{split}-{number:03d}-{name}.png", glyph(name, generator.randint(14, 28))
+        scene = Image.new("RGB", (32, 32), (generator.randint(200, 255), 240, 240))
+        scene.paste(item, (generator.randint(0, 4), generator.randint(0, 4)), item)
+        scene.save(pictures / file)
+        turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": name}]
+        rows.append({"id": file.removesuffix(".png"), "image": file, "conversations": turns})
+        captions.append(f"{file}\ta picture of a {name}")
+    (folder / f"{split}.json").write_text(json.dumps(rows, indent=1))
+    (folder / f"{split}.csv").write_text("\n".join(captions) + "\n")
+
+
 def write_files(folder: Path, rows_per_name: int = 1) -> Files:
     """A tokenizer, 24 pictures for each of `rows_per_name`, questions, captions and preference pairs about them."""
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
-    write_names(folder / "data", rows_per_name, 1, side=32)
     names = list(NAMES)
+    for split, count in (("train", rows_per_name), ("test", 1)):
+        write_names(folder / "data", split, count)
     rows = json.loads((folder / "data" / "train.json").read_text())
     pairs = [
         {

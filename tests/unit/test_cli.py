@@ -84,11 +84,12 @@ def test_missing_data_and_models_are_explained(tmp_path: Path) -> None:
     assert "train-000-cat.png" in done.err and "train.json:" in done.err
 
 
-def test_scenes_writes_the_embedded_data_set(tmp_path: Path) -> None:
-    done = triptych("scenes", tmp_path / "data", "--train", "1", "--test", "1")
-    assert done.status == 0
-    assert len(list((tmp_path / "data" / "pictures").iterdir())) == 48
-    assert {"train.json", "test.json", "train.csv", "test.csv"} <= {item.name for item in (tmp_path / "data").iterdir()}
+def test_scenes_writes_the_embedded_data_set_once(tmp_path: Path) -> None:
+    done = triptych("scenes", tmp_path / "data", "-n", "20", "--test", "2")
+    assert done.status == 0 and "wrote 20 training scenes" in done.out
+    assert {"train.json", "test.json", "pictures"} <= {item.name for item in (tmp_path / "data").iterdir()}
+    again = triptych("scenes", tmp_path / "data", "-n", "20", "--test", "2")
+    assert again.status == 0 and "exactly this already" in again.out
 
 
 def test_a_fresh_process_prints_nothing_but_our_own(tmp_path: Path) -> None:

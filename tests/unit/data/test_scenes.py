@@ -1,13 +1,28 @@
-"""The embedded data set is exact, repeatable and split."""
+"""Scenes are exact, repeatable, split, and hold some combinations back."""
 
-import csv
-import json
-import random
-from pathlib import Path
+from collections import Counter
 
-from PIL import Image
+import numpy as np
+import pytest
 
-from triptych.data.scenes import NAMES, Glyph, draw, glyph, random_scene, write_names
+from triptych.data.scenes import (
+    COUNTS,
+    NAMES,
+    PLACES,
+    SIDE,
+    SPLITS,
+    Item,
+    Scene,
+    draw,
+    glyph,
+    is_held_out_count,
+    is_held_out_place,
+    listed,
+    mask,
+    plural,
+    sample_scene,
+    sample_sign,
+)
 
 
 def test_every_name_has_a_glyph_of_the_asked_size() -> None:
@@ -17,28 +32,76 @@ def test_every_name_has_a_glyph_of_the_asked_size() -> None:
         assert picture.getbbox() is not None
 
 
-def test_a_glyph_changes_pixels_only_inside_its_square() -> None:
-    background = (250, 250, 250)
-    scene = draw([Glyph("dog", 40, 50, 10)], background)
-    outside = scene.copy()
-    outside.paste(background, (50, 10, 90, 50))
-    assert set(outside.get_flattened_data()) == {background}
-    assert len(set(scene.get_flattened_data())) > 5
+def test_a_thing_changes_pixels_only_inside_its_box() -> None:
+    empty = Scene((), "blue")
+    item = Item("dog", 1, 30, 40, 10)
+    changed = (np.asarray(draw(Scene((item,), "blue"))) != np.asarray(draw(empty))).any(axis=-1)
+    left, top, right, bottom = item.box
+    assert changed[top:bottom, left:right].mean() > 0.3
+    changed[top:bottom, left:right] = False
+    assert not changed.any()
 
 
-def test_scenes_are_a_pure_function_of_the_generator() -> None:
-    first, second = (random_scene("cat", random.Random(3)) for _ in range(2))
-    assert first.tobytes() == second.tobytes()
-    assert random_scene("cat", random.Random(4)).tobytes() != first.tobytes()
+def test_the_mask_is_where_the_picture_changes() -> None:
+    item = Item("key", 4, 32, 33, 31)
+    changed = (np.asarray(draw(Scene((item,), "pink"))) != np.asarray(draw(Scene((), "pink")))).any(axis=-1)
+    inside = np.asarray(mask(item)) == 255
+    assert inside.sum() > 100
+    assert changed[inside].all()
 
 
-def test_written_files_agree_and_splits_are_disjoint(tmp_path: Path) -> None:
-    write_names(tmp_path, train=2, test=1)
-    train, test = (json.loads((tmp_path / f"{split}.json").read_text()) for split in ("train", "test"))
-    assert (len(train), len(test)) == (2 * len(NAMES), len(NAMES))
-    pictures = [Image.open(tmp_path / "pictures" / row["image"]).tobytes() for row in (*train, *test)]
-    assert len(set(pictures)) == 3 * len(NAMES)
-    with (tmp_path / "train.csv").open(encoding="utf-8", newline="") as stream:
-        captions = list(csv.DictReader(stream, delimiter="\t"))
-    assert [row["filepath"] for row in captions] == [row["image"] for row in train]
-    assert captions[0]["title"] == f"a picture of a {train[0]['conversations'][1]['value']}"
+def test_a_scene_is_a_function_of_seed_split_and_number() -> None:
+    assert sample_scene("train", 0, 7) == sample_scene("train", 0, 7)
+    others = [sample_scene("train", 1, 7), sample_scene("test", 0, 7), sample_scene("train", 0, 8)]
+    assert sample_scene("train", 0, 7) not in others
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_things_stand_apart_in_their_places_inside_the_picture(split: str) -> None:
+    for number in range(300):
+        scene = sample_scene(split, 0, number)  # type: ignore[arg-type]
+        places = [item.place for item in scene.items]
+        assert places == sorted(set(places))
+        for item in scene.items:
+            left, top, right, bottom = item.box
+            assert 0 <= left < right <= SIDE and 0 <= top < bottom <= SIDE
+            middle = (top + bottom) // 2 * 3 // SIDE * 3 + (left + right) // 2 * 3 // SIDE
+            assert middle == item.place, (item, PLACES[middle])
+
+
+def test_combinations_are_shown_in_their_own_split_only() -> None:
+    for split in ("train", "validation", "test"):
+        for number in range(400):
+            scene = sample_scene(split, 0, number)  # type: ignore[arg-type]
+            assert not any(is_held_out_place(item.name, item.place) for item in scene.items)
+            assert not any(is_held_out_count(name, count) for name, count in scene.counts.items())
+            sign = sample_sign(split, 0, number)  # type: ignore[arg-type]
+            assert not any(is_held_out_place(item.name, item.place) for item in sign.items)
+    for number in range(200):
+        scene = sample_scene("combinations", 0, number)
+        if scene.target:
+            assert is_held_out_count(scene.target, scene.counts[scene.target])
+        else:
+            assert is_held_out_place(scene.items[0].name, scene.items[0].place)
+
+
+def test_numbers_come_as_often_as_each_other_and_every_place_is_used() -> None:
+    scenes = [sample_scene("train", 0, number) for number in range(3000)]
+    counts = Counter(scene.counts[scene.target] for scene in scenes if scene.target)
+    assert set(counts) == {1, 2, 3, 4}
+    assert min(counts.values()) > 0.18 * sum(counts.values())
+    places = Counter(item.place for scene in scenes for item in scene.items)
+    assert len(places) == len(PLACES)
+    assert min(places.values()) > 0.8 * max(places.values())
+
+
+def test_words() -> None:
+    assert [plural(name) for name in ("dog", "strawberry", "tomato", "key")] == [
+        "dogs",
+        "strawberries",
+        "tomatoes",
+        "keys",
+    ]
+    assert listed(["a"]) == "a"
+    assert listed(["a", "b", "c"]) == "a, b and c"
+    assert COUNTS[3] == "three"
