@@ -72,19 +72,38 @@ def check(
 
 @app.command("eval")
 def evaluate(
-    model: Model,
-    data: Annotated[Path, typer.Argument(help="Data file.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a trained model, or an evaluation file (YAML).", show_default=False)
+    ],
+    rest: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Data file (not after an evaluation file), then key.sub=value.",
+            show_default=False,
+            metavar="[DATA] [K=V]...",
+        ),
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="Image root; default: the folder of the data file.")] = None,
     format: Annotated[str, typer.Option(help="Format of the data file.")] = "llava",
-    output: Annotated[Path | None, typer.Option(help="Write one JSON line per sample here.")] = None,
+    against: Annotated[Path | None, typer.Option(help="A second model, side by side.", show_default=False)] = None,
+    blind: Annotated[bool, typer.Option("--blind", help="Also with grey pictures: what guessing gets.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for a JSON line per answer and the summary.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first rows only.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
 ) -> None:
-    """Answer the questions of a data file and score the answers (exact match by task)."""
+    """Answer the questions of data files and score the answers by task, one or more models side by side."""
     _quiet()
-    from triptych.stages.using import evaluate_answers
+    from triptych.stages.evaluating import dataset_config, evaluation_file, run_evaluation, simple_evaluation
 
-    evaluate_answers(model, data, images, format, output, limit, max_new_tokens)
+    first, *overrides = rest or [""]
+    if model.suffix in (".yaml", ".yml"):
+        recipe = evaluation_file(model, rest or [])
+    elif not first or "=" in first:
+        raise typer.BadParameter("give a data file after the folder of a model: triptych eval MODEL DATA")
+    else:
+        models = {"model": model} if against is None else {"model": model, "against": against}
+        data = dataset_config(Path(first), images, format)
+        recipe = simple_evaluation(data, models, overrides, blind=blind, output=output, limit=limit)
+    run_evaluation(recipe)
 
 
 @app.command()

@@ -74,6 +74,19 @@ def load_tree(path: Path | str, overrides: Sequence[str] = ()) -> ConfigTree:
         raise ConfigError(Problem("a recipe must be a mapping of keys", file=str(path), line=1))
     lines: dict[KeyPath, int] = {}
     _collect_lines(node, (), lines)
+    return _merge(tree, path, lines, overrides)
+
+
+def command_line_tree(values: Mapping[str, Any], overrides: Sequence[str]) -> ConfigTree:
+    """A recipe that stands in no file, with `key.sub=value` overrides merged into it.
+
+    Raises:
+        ConfigError: an override cannot be parsed.
+    """
+    return _merge(OmegaConf.create(dict(values)), Path("command line"), {}, overrides)
+
+
+def _merge(tree: Any, path: Path, lines: Mapping[KeyPath, int], overrides: Sequence[str]) -> ConfigTree:
     problems: list[Problem] = []
     overridden: list[KeyPath] = []
     for override in overrides:

@@ -11,7 +11,7 @@ import glob
 import itertools
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,66 +82,56 @@ def data_files(path: Path, name: str) -> dict[str, Path]:
     return {f"{name.rstrip('/')}/{item.relative_to(path)}": item for item in found if item.is_file()}
 
 
-class JsonListRows:
-    """A JSON list of objects. Positions come from one pass of the real parser, so they are exact."""
+class JsonRows:
+    """JSON objects of a file, each read from its range of bytes when it is asked for."""
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, spans: Iterable[tuple[int, int, int]]) -> None:
+        """Args: the file, how messages call it, and (first byte, byte after the last, line) of each object."""
         self._path, self._name = path, name
-        data = path.read_bytes()
-        text = _decode_text(data, name)
-        starts, ends, lines = [], [], []
-        decoder = json.JSONDecoder()
-        byte, line, seen = len(data) - len(text.encode()), 1, 0
-        for start, end in _list_items(text, decoder, name):
-            byte += len(text[seen:start].encode())
-            line += text.count("\n", seen, start)
-            starts.append(byte)
-            lines.append(line)
-            byte += len(text[start:end].encode())
-            line += text.count("\n", start, end)
-            ends.append(byte)
-            seen = end
-        self._starts, self._ends = np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
-        self._lines = np.array(lines, dtype=np.int64)
+        self._spans = np.array(list(spans), dtype=np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._spans)
 
     def place(self, index: int) -> tuple[str, int]:
-        return self._name, int(self._lines[index])
+        return self._name, int(self._spans[index, 2])
 
     def row(self, index: int) -> Row:
-        data = _read_range(self._path, int(self._starts[index]), int(self._ends[index]))
-        return parse_json(data, *self.place(index))
+        start, end = (int(byte) for byte in self._spans[index, :2])
+        return parse_json(_read_range(self._path, start, end), *self.place(index))
 
 
-class JsonLinesRows:
+def _json_list(path: Path, name: str) -> JsonRows:
+    """A JSON list of objects. Positions come from one pass of the real parser, so they are exact."""
+    data = path.read_bytes()
+    text = _decode_text(data, name)
+
+    def spans() -> Iterator[tuple[int, int, int]]:
+        byte, line, seen = len(data) - len(text.encode()), 1, 0
+        for start, end in _list_items(text, json.JSONDecoder(), name):
+            first = byte + len(text[seen:start].encode())
+            line += text.count("\n", seen, start)
+            byte = first + len(text[start:end].encode())
+            yield first, byte, line
+            line += text.count("\n", start, end)
+            seen = end
+
+    return JsonRows(path, name, spans())
+
+
+def _json_lines(path: Path, name: str) -> JsonRows:
     """One JSON object a line; blank lines are skipped but counted."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        self._path, self._name = path, name
-        starts, ends, lines = [], [], []
+    def spans() -> Iterator[tuple[int, int, int]]:
         position = 0
         with open(path, "rb") as stream:
             for number, line in enumerate(stream, 1):
                 skipped = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
                 if line[skipped:].strip():
-                    starts.append(position + skipped)
-                    ends.append(position + len(line))
-                    lines.append(number)
+                    yield position + skipped, position + len(line), number
                 position += len(line)
-        self._starts, self._ends = np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
-        self._lines = np.array(lines, dtype=np.int64)
 
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def place(self, index: int) -> tuple[str, int]:
-        return self._name, int(self._lines[index])
-
-    def row(self, index: int) -> Row:
-        data = _read_range(self._path, int(self._starts[index]), int(self._ends[index]))
-        return parse_json(data, *self.place(index))
+    return JsonRows(path, name, spans())
 
 
 class ArrowRows:
@@ -273,11 +263,11 @@ def _open_json(path: Path, name: str) -> RowSource:
         while not head.strip() and (chunk := stream.read(4096).removeprefix(b"\xef\xbb\xbf")):
             head = chunk.lstrip()
         if not head.startswith(b"{"):
-            return JsonListRows(path, name)
+            return _json_list(path, name)
         stream.seek(0)
         lines = [line for line in itertools.islice(stream, 100) if line.strip()]
     if len(lines) > 1 and all(_is_object(line.removeprefix(b"\xef\xbb\xbf")) for line in lines[:2]):
-        return JsonLinesRows(path, name)
+        return _json_lines(path, name)
     text = _decode_text(path.read_bytes(), name)
     try:
         value = json.loads(text)
@@ -305,8 +295,8 @@ def _open_parquet(path: Path, name: str) -> RowSource:
 
 _OPENERS: dict[str, Callable[[Path, str], RowSource]] = {
     ".json": _open_json,
-    ".jsonl": JsonLinesRows,
-    ".ndjson": JsonLinesRows,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".csv": DelimitedRows,
     ".tsv": DelimitedRows,
     ".parquet": _open_parquet,

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from triptych.core.types import Example, ImageReference, Message, Origin, Sample
 from triptych.data.tokenize import at_row
-from triptych.evaluation.metrics import exact_match
+from triptych.evaluation.metrics import METRICS, MetricName
 from triptych.models.generation import Prompt
 
 _PROMPT = Origin("prompt", 1)
@@ -25,11 +25,15 @@ class Answer:
     question: str
     truth: str
     prediction: str
+    metric: MetricName = "exact"
+    """What decides whether it is right: a name of `METRICS`."""
+    pictures: tuple[str, ...] = ()
+    """Names of the pictures the question is about."""
 
     @property
     def is_right(self) -> bool:
-        """Exact match after normalisation."""
-        return exact_match(self.prediction, self.truth)
+        """Whether the prediction is right by the metric."""
+        return METRICS[self.metric](self.prediction, self.truth)
 
     def row(self) -> dict[str, object]:
         """As one JSON line."""
@@ -81,31 +85,38 @@ class Answering:
         )
         return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in replies]
 
-    def run(self, samples: Iterable[Sample]) -> Iterator[Answer]:
-        """Answer every assistant turn of every sample, the true earlier turns being given."""
+    def run(self, samples: Iterable[Sample], metrics: Mapping[str, MetricName] | None = None) -> Iterator[Answer]:
+        """Answer every assistant turn of every sample, the true earlier turns being given.
+
+        Args:
+            samples: with their true answers.
+            metrics: task -> metric; `exact` for tasks it does not name.
+        """
         waiting: list[tuple[Sample, int]] = []
         for sample in samples:
             for index, message in enumerate(sample.messages):
                 if message.role == "assistant":
                     waiting.append((sample, index))
                     if len(waiting) == self.batch_size:
-                        yield from self._answer_all(waiting)
+                        yield from self._answer_all(waiting, metrics or {})
                         waiting = []
         if waiting:
-            yield from self._answer_all(waiting)
+            yield from self._answer_all(waiting, metrics or {})
 
-    def _answer_all(self, turns: Sequence[tuple[Sample, int]]) -> Iterator[Answer]:
+    def _answer_all(self, turns: Sequence[tuple[Sample, int]], metrics: Mapping[str, MetricName]) -> Iterator[Answer]:
         replies = self.answer(
             [sample.messages[:index] for sample, index in turns], origins=[sample.origin for sample, _ in turns]
         )
         for (sample, index), reply in zip(turns, replies, strict=True):
             question = sample.messages[index - 1].text.strip() if index else ""
             truth = sample.messages[index].text.strip()
-            yield Answer(str(sample.origin), sample.task, question, truth, reply)
+            metric = metrics.get(sample.task, "exact")
+            pictures = tuple(image.name for message in sample.messages[:index] for image in message.images)
+            yield Answer(str(sample.origin), sample.task, question, truth, reply, metric, pictures)
 
 
 def accuracy_by_task(answers: Sequence[Answer]) -> Mapping[str, tuple[float, int]]:
-    """Task -> (share of exact matches, number of answers); the key `all` holds every answer."""
+    """Task -> (share of right answers, number of answers); the key `all` holds every answer."""
     groups: dict[str, list[bool]] = {"all": []}
     for answer in answers:
         groups["all"].append(answer.is_right)
@@ -115,15 +126,16 @@ def accuracy_by_task(answers: Sequence[Answer]) -> Mapping[str, tuple[float, int
 
 
 class AnswerAccuracy:
-    """Evaluator: exact match by task on held-out samples."""
+    """Evaluator: share of right answers by task on held-out samples."""
 
-    def __init__(self, answering: Answering, samples: Sequence[Sample]) -> None:
+    def __init__(
+        self, answering: Answering, samples: Sequence[Sample], metrics: Mapping[str, MetricName] | None = None
+    ) -> None:
         self.answering = answering
         self.samples = samples
+        self.metrics = metrics
 
     def run(self) -> Mapping[str, float]:
-        """`exact_match` and `exact_match/<task>`."""
-        results = accuracy_by_task(list(self.answering.run(self.samples)))
-        return {
-            ("exact_match" if task == "all" else f"exact_match/{task}"): value for task, (value, _) in results.items()
-        }
+        """`accuracy` and `accuracy/<task>`."""
+        results = accuracy_by_task(list(self.answering.run(self.samples, self.metrics)))
+        return {("accuracy" if task == "all" else f"accuracy/{task}"): value for task, (value, _) in results.items()}

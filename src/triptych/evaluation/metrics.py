@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import string
 import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,3 +53,99 @@ def normalise_answer(text: str) -> str:
 def exact_match(prediction: str, truth: str) -> bool:
     """Equality after `normalise_answer`."""
     return normalise_answer(prediction) == normalise_answer(truth)
+
+
+NUMBERS = {
+    word: value
+    for value, words in enumerate(
+        ("zero no none", "one a an", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
+    for word in words.split()
+}
+"""Word -> the number it stands for."""
+
+
+def number_of(text: str) -> int | None:
+    """The number an answer names, in digits or as a word up to ten; None where it names none or more than one."""
+    found = re.findall(r"\d+|[a-z]+", normalise_answer(text))
+    values = [int(word) if word.isdigit() else NUMBERS[word] for word in found if word.isdigit() or word in NUMBERS]
+    return values[0] if len(values) == 1 else None
+
+
+def objects_of(text: str) -> Counter[str]:
+    """The things a caption lists and how many of each: `A dog, two cats and a fox.` -> dog 1, cat 2, fox 1.
+
+    A part that starts with no number or article counts as one thing of that name, so nothing is dropped.
+    """
+    things: Counter[str] = Counter()
+    for part in re.split(r",| and ", unicodedata.normalize("NFKC", text).lower()):
+        words = part.strip(string.punctuation + string.whitespace).split()
+        if not words:
+            continue
+        number = int(words[0]) if words[0].isdigit() else NUMBERS.get(words[0])
+        name = " ".join(words if number is None else words[1:])
+        count = 1 if number is None else number
+        things[_singular(name) if count != 1 else name] += count
+    return things
+
+
+def _singular(name: str) -> str:
+    """By the regular rules of English, so that a plural meets its own singular."""
+    if name.endswith("ies"):
+        return f"{name[:-3]}y"
+    if re.search(r"((?<!sh)o|ss|(?<!o)us|x|ch|sh)es$", name):
+        return name[:-2]
+    return name.removesuffix("s")
+
+
+def objects_match(prediction: str, truth: str) -> bool:
+    """Whether two captions list the same things in the same numbers, in any order."""
+    return objects_of(prediction) == objects_of(truth)
+
+
+def number_match(prediction: str, truth: str) -> bool:
+    """Whether two answers name the same number, `three` or `3`; answers without one must be equal."""
+    number = number_of(truth)
+    return exact_match(prediction, truth) if number is None else number_of(prediction) == number
+
+
+MetricName = Literal["exact", "objects", "number"]
+
+METRICS: Mapping[MetricName, Callable[[str, str], bool]] = {
+    "exact": exact_match,
+    "objects": objects_match,
+    "number": number_match,
+}
+"""Name in a recipe -> whether a prediction is right, given the truth."""
+
+
+def bootstrap_interval(
+    values: Sequence[float], clusters: Sequence[str], draws: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean (Efron and Tibshirani 1993, chapter 13).
+
+    Args:
+        values: One number an answer.
+        clusters: What each answer belongs to, its sample say; whole clusters are drawn, as answers about one picture
+            are not independent.
+        draws: Resamples.
+        level: Share of the resamples' means inside the interval.
+        seed: The interval is a pure function of it.
+
+    Raises:
+        ValueError: there are no values, or not one cluster for each.
+    """
+    if not values:
+        raise ValueError("an interval needs at least one value")
+    if len(values) != len(clusters):
+        raise ValueError(f"{len(values)} values, {len(clusters)} clusters")
+    _, member = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.bincount(member, weights=np.asarray(values, dtype=np.float64))
+    sizes = np.bincount(member)
+    generator = np.random.default_rng(seed)
+    means = np.empty(draws)
+    for draw in range(draws):
+        chosen = generator.integers(0, len(sums), len(sums))
+        means[draw] = sums[chosen].sum() / sizes[chosen].sum()
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from triptych.core.protocols import Evaluator, Reference
-from triptych.data.template_lint import lint_template
 from triptych.engine.parallel import Runtime
 from triptych.evaluation.held_out import HeldOutLoss
 from triptych.models.reference import AdapterOffReference, FrozenReference
 from triptych.objectives import build_objective
 from triptych.stages.build import Built, make_held_out_loader, open_datasets, pair_rows
 from triptych.stages.recipe import PreferenceRecipe
-from triptych.stages.saving import save_finished
-from triptych.stages.vlm import Vlm, build_vlm
+from triptych.stages.vlm import Vlm, build_vlm, vlm_stage
 
 
 def build_preference(recipe: PreferenceRecipe) -> Built:
@@ -31,19 +29,14 @@ def build_preference(recipe: PreferenceRecipe) -> Built:
         source = make_held_out_loader(held_out, encode, vlm.loaded.pictures, recipe.evaluation.batch)
         return [HeldOutLoss(scorer, objective, source, reference, runtime)]
 
-    return Built(
-        scorer=vlm.scorer,
-        components=vlm.loaded.components,
-        plan=vlm.plan,
-        tokenizer=vlm.loaded.tokenizer,
-        pictures=vlm.loaded.pictures,
+    return vlm_stage(
+        recipe,
+        vlm,
         encode=encode,
         datasets=datasets,
         objective=objective,
-        reference=reference,
-        save=lambda folder: save_finished(folder, vlm.loaded, lambda: build_vlm(recipe).loaded),
         evaluators=evaluators,
-        lint=lambda: lint_template(vlm.encoder, vlm.loaded.tokenizer),
+        reference=reference,
     )
 
 

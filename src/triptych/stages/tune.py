@@ -5,15 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from triptych.core.protocols import Evaluator
-from triptych.data.template_lint import lint_template
 from triptych.engine.parallel import Runtime
 from triptych.evaluation.answers import AnswerAccuracy
 from triptych.evaluation.held_out import HeldOutLoss
 from triptych.objectives import build_objective
 from triptych.stages.build import Built, make_held_out_loader, open_datasets, plain_rows
 from triptych.stages.recipe import TuneRecipe
-from triptych.stages.saving import save_finished
-from triptych.stages.vlm import Vlm, build_vlm, read_samples, show_answers
+from triptych.stages.vlm import Vlm, build_vlm, read_samples, show_answers, vlm_stage
 
 
 def build_tune(recipe: TuneRecipe) -> Built:
@@ -27,18 +25,13 @@ def build_tune(recipe: TuneRecipe) -> Built:
             return []
         return make_evaluators(recipe, vlm, scorer, runtime)
 
-    return Built(
-        scorer=vlm.scorer,
-        components=vlm.loaded.components,
-        plan=vlm.plan,
-        tokenizer=vlm.loaded.tokenizer,
-        pictures=vlm.loaded.pictures,
+    return vlm_stage(
+        recipe,
+        vlm,
         encode=plain_rows(vlm.encoder.encode),
         datasets=datasets,
         objective=objective,
-        save=lambda folder: save_finished(folder, vlm.loaded, lambda: build_vlm(recipe).loaded),
         evaluators=evaluators,
-        lint=lambda: lint_template(vlm.encoder, vlm.loaded.tokenizer),
         show_answers=lambda title: show_answers(recipe, vlm, title),
     )
 

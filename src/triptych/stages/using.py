@@ -1,37 +1,31 @@
-"""Using a trained model: `eval`, `chat` and `export`."""
+"""Using a trained model: `chat` and `export`."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 from triptych.core.config import did_you_mean, load_tree, validate
 from triptych.core.errors import ConfigError, DataError, ModelError, Problem, TriptychError
 from triptych.core.types import ImageReference, Message, Part, Text
-from triptych.data.formats import FORMATS, AnyDatasetConfig
 from triptych.data.images import decode, resolve_image
 from triptych.engine.checkpoint import read
 from triptych.engine.state import restore_tensors, seed_everything
-from triptych.evaluation.answers import Answer, Answering, accuracy_by_task
+from triptych.evaluation.answers import Answering
 from triptych.export.parity import Parity, verify
 from triptych.models.generation import Prompt, prompt_inputs
 from triptych.models.load import LoadedVlm, VlmConfig, load_vlm
-from triptych.stages.build import open_datasets
 from triptych.stages.pipeline import find_stage
-from triptych.stages.recipe import PlainDataset, VlmRecipe
+from triptych.stages.recipe import VlmRecipe
 from triptych.stages.saving import ADAPTERS, write_model
 from triptych.stages.table import STAGES
-from triptych.stages.vlm import build_vlm, context_length, make_answering, make_encoder, read_samples, template_name
+from triptych.stages.vlm import build_vlm, context_length, make_answering, make_encoder, template_name
 
 MAX_CONTEXT = 8192
 """Longest conversation in tokens where the model names no limit."""
@@ -73,44 +67,6 @@ def answering_of(loaded: LoadedVlm, max_new_tokens: int, batch: int = 16) -> Ans
     """A loaded model as something that answers, in its own chat template."""
     limit = context_length(loaded) or MAX_CONTEXT
     return make_answering(loaded, make_encoder(loaded, template_name(loaded), limit), max_new_tokens, batch)
-
-
-def evaluate_answers(
-    model: Path,
-    data: Path,
-    images: Path | None,
-    format: str,
-    output: Path | None,
-    limit: int | None,
-    max_new_tokens: int,
-) -> dict[str, tuple[float, int]]:
-    """Answer the questions of a data file, print accuracy by task, and write one JSON line per answer if asked.
-
-    Raises:
-        DataError: the file holds no question.
-        OSError: `output` cannot be written; found before anything is answered.
-    """
-    samples = read_samples(open_datasets([_dataset_config(data, images, format)]), limit)
-    total = sum(message.role == "assistant" for sample in samples for message in sample.messages)
-    if not total:
-        remedy = "give rows whose turns include true answers"
-        raise DataError(Problem(f"no question with an answer in {len(samples)} rows", file=str(data), remedy=remedy))
-    if output is not None:
-        output.open("a", encoding="utf-8").close()
-    answering = answering_of(load_for_use(model), max_new_tokens)
-    console = Console()
-    bar = track(answering.run(samples), "answering", total=total, console=console, transient=True)
-    answers: list[Answer] = list(bar)
-    results = dict(accuracy_by_task(answers))
-    table = Table("task", "exact match", "n")
-    for task, (accuracy, count) in results.items():
-        table.add_row(task, f"{accuracy:.1%}", str(count))
-    console.print(table)
-    if output is not None:
-        lines = (json.dumps(answer.row(), ensure_ascii=False) for answer in answers)
-        output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        console.print(f"answers: {output}", soft_wrap=True)
-    return results
 
 
 def chat_in_terminal(model: Path, image: Path | None, system: str, max_new_tokens: int) -> None:
@@ -275,16 +231,3 @@ def check_parity(loaded: LoadedVlm, folder: Path, max_new_tokens: int = 12) -> P
             )
         )
     return parity
-
-
-def _dataset_config(data: Path, images: Path | None, format: str) -> AnyDatasetConfig:
-    if format not in FORMATS:
-        raise ConfigError(Problem(f"`{format}` is not a format", key="--format", remedy=did_you_mean(format, FORMATS)))
-    values = {"format": format, "path": os.fspath(data), "images": None if images is None else os.fspath(images)}
-    adapter: TypeAdapter[AnyDatasetConfig] = TypeAdapter(PlainDataset)
-    try:
-        return adapter.validate_python(values)
-    except ValidationError as error:
-        raise ConfigError(
-            [Problem(str(item["msg"]), key=".".join(map(str, item["loc"]))) for item in error.errors()]
-        ) from error

@@ -11,13 +11,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from triptych.core.distributed import is_main
-from triptych.core.types import Sample
+from triptych.core.protocols import Evaluator, Objective, Reference
+from triptych.core.types import Example, Sample
 from triptych.data.formats import Dataset
 from triptych.data.images import decode
 from triptych.data.segments import added_bos
+from triptych.data.template_lint import lint_template
 from triptych.data.tokenize import ConversationEncoder
+from triptych.engine.parallel import Runtime
 from triptych.evaluation.answers import Answering
 from triptych.models import generation
 from triptych.models.chat_templates import CHAT_TEMPLATES, chat_template
@@ -25,9 +29,10 @@ from triptych.models.load import LoadedVlm, load_vlm
 from triptych.models.new_tokens import cover_new_tokens, untrained_tokens
 from triptych.models.tuning import TuningPlan, apply_tuning
 from triptych.models.vlm import VlmScorer
-from triptych.stages.build import check_length, open_datasets, torch_dtype
+from triptych.stages.build import Built, check_length, open_datasets, torch_dtype
 from triptych.stages.locate import at_key
 from triptych.stages.recipe import TuneRecipe, VlmRecipe
+from triptych.stages.saving import save_finished
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,35 @@ def build_vlm(recipe: VlmRecipe) -> Vlm:
         plan = apply_tuning(loaded.model, loaded.components, rules, recipe.lr, recipe.weight_decay)
     scorer = VlmScorer(loaded.model, loaded.components, pictures=loaded.pictures)
     return Vlm(loaded, plan, scorer, encoder)
+
+
+def vlm_stage(
+    recipe: VlmRecipe,
+    vlm: Vlm,
+    *,
+    encode: Callable[[Sample], Example],
+    datasets: list[Dataset],
+    objective: Objective,
+    evaluators: Callable[[nn.Module, Runtime], list[Evaluator]],
+    reference: Reference | None = None,
+    show_answers: Callable[[str], None] = lambda title: None,
+) -> Built:
+    """What a stage that trains `vlm` hands to the engine; the arguments are what the stages differ in."""
+    return Built(
+        scorer=vlm.scorer,
+        components=vlm.loaded.components,
+        plan=vlm.plan,
+        tokenizer=vlm.loaded.tokenizer,
+        pictures=vlm.loaded.pictures,
+        encode=encode,
+        datasets=datasets,
+        objective=objective,
+        reference=reference,
+        save=lambda folder: save_finished(folder, vlm.loaded, lambda: build_vlm(recipe).loaded),
+        evaluators=evaluators,
+        lint=lambda: lint_template(vlm.encoder, vlm.loaded.tokenizer),
+        show_answers=show_answers,
+    )
 
 
 def context_length(loaded: LoadedVlm) -> int | None:

@@ -88,7 +88,7 @@ def test_the_evaluator_names_its_results() -> None:
         task="vqa",
     )
     assert second != "no such answer"
-    assert AnswerAccuracy(subject, [truth]).run() == {"exact_match": 0.5, "exact_match/vqa": 0.5}
+    assert AnswerAccuracy(subject, [truth]).run() == {"accuracy": 0.5, "accuracy/vqa": 0.5}
 
 
 def test_a_conversation_that_does_not_fit_is_an_error() -> None:

@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from triptych.evaluation.metrics import exact_match, normalise_answer, recall_at_k
+from triptych.data.scene_questions import describe
+from triptych.data.scenes import sample_scene
+from triptych.evaluation.metrics import (
+    bootstrap_interval,
+    exact_match,
+    normalise_answer,
+    number_match,
+    number_of,
+    objects_match,
+    objects_of,
+    recall_at_k,
+)
 
 
 def test_recall_counts_a_query_as_found_when_any_of_its_k_nearest_is_right() -> None:
@@ -38,3 +49,51 @@ def test_answers_are_compared_without_case_article_and_punctuation(given: str, e
     assert normalise_answer(given) == expected
     assert exact_match(given, expected)
     assert not exact_match(given, "bird")
+
+
+def test_numbers_in_words_and_digits() -> None:
+    said = ["Two.", "3 dogs", "There are ten of them", "none", "a dog", "dogs", "two or three", ""]
+    assert [number_of(text) for text in said] == [2, 3, 10, 0, None, None, None, None]
+    assert number_match("3", "three") and not number_match("four", "three")
+    assert number_match("Dog", "dog") and not number_match("two dogs", "dog")
+
+
+def test_captions_are_taken_apart_into_things() -> None:
+    assert objects_of("A dog, two cats and a fox.") == {"dog": 1, "cat": 2, "fox": 1}
+    assert objects_of("three strawberries and 2 foxes") == {"strawberry": 3, "fox": 2}
+    assert objects_of("two buses, two houses and three shoes") == {"bus": 2, "house": 2, "shoe": 3}
+    assert objects_of("dog") == {"dog": 1} and objects_of("") == {}
+    assert objects_match("two cats and a dog", "A dog and two cats.")
+    assert objects_match("a cat and a cat", "two cats")
+    assert not objects_match("a dog and three cats", "A dog and two cats.")
+    assert not objects_match("a dog", "A dog and two cats.")
+    assert not objects_match("a dog, two cats and a fox", "A dog and two cats.")
+
+
+def test_every_caption_of_the_scenes_is_read_back() -> None:
+    for number in range(300):
+        for split in ("train", "combinations"):
+            scene = sample_scene(split, 3, number)
+            assert objects_of(f"{describe(scene).capitalize()}.") == scene.counts
+
+
+def test_the_interval_of_a_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.rand(400, generator=generator) < 0.3).double().tolist()
+    mean = sum(values) / 400
+    low, high = bootstrap_interval(values, [str(number) for number in range(400)])
+    # The normal interval of a share, which the bootstrap comes near for 400 answers.
+    half = 1.96 * (mean * (1 - mean) / 400) ** 0.5
+    assert low == pytest.approx(mean - half, abs=0.01) and high == pytest.approx(mean + half, abs=0.01)
+    assert bootstrap_interval(values, [str(number) for number in range(400)]) == (low, high)
+
+
+def test_answers_about_one_sample_are_drawn_together() -> None:
+    values = [1.0] * 50 + [0.0] * 50
+    alone = bootstrap_interval(values, [str(number) for number in range(100)])
+    together = bootstrap_interval(values, [str(number // 25) for number in range(100)])
+    assert together[1] - together[0] > 3 * (alone[1] - alone[0])
+    with pytest.raises(ValueError, match="at least one value"):
+        bootstrap_interval([], [])
+    with pytest.raises(ValueError, match="2 values, 1 clusters"):
+        bootstrap_interval([1.0, 0.0], ["a"])

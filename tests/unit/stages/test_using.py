@@ -25,26 +25,6 @@ from triptych.stages import using
 from triptych.stages.using import Chat, answering_of, find_checkpoint, inference_device, load_for_use
 
 
-def test_eval_prints_accuracy_by_task_and_writes_a_line_for_each_answer(
-    lora_run: Run, files: Files, tmp_path: Path
-) -> None:
-    rows = json.loads((files.data / "test.json").read_text())[:5]
-    for number, row in enumerate(rows):
-        row["task"] = "even" if number % 2 == 0 else "odd"
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    options = ["--images", files.data / "pictures", "--output", tmp_path / "answers.jsonl", "--max-new-tokens", 2]
-    done = triptych("eval", lora_run.output / "model", tmp_path / "rows.json", *options)
-    assert done.status == 0, done.err
-    table = [line.split() for line in done.out.replace("│", " ").splitlines()]
-    assert [line[0] for line in table if line and line[-1] in ("5", "3", "2")] == ["all", "even", "odd"]
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [answer["truth"] for answer in answers] == ["dog", "cat", "frog", "pig", "banana"]
-    assert answers[0].keys() == {"origin", "task", "question", "truth", "prediction", "is_right"}
-    assert "rows.json:" in answers[0]["origin"] and answers[1]["task"] == "odd"
-    limited = triptych("eval", lora_run.output / "model", tmp_path / "rows.json", *options[:2], "--limit", "2")
-    assert any(line.split()[-1:] == ["2"] for line in limited.out.replace("│", " ").splitlines() if line.split())
-
-
 @dataclass
 class Parrot:
     """Answers with the number of turns, pictures and the last words; too long questions are refused."""
@@ -168,24 +148,6 @@ def test_wrong_input_is_an_error_with_a_remedy(
     assert done.status == 1
     assert done.err.startswith("error: ") and "Traceback" not in done.err
     assert re.search(said, done.err), done.err
-
-
-def test_the_answers_file_is_opened_and_questions_are_counted_before_any_work(
-    lora_run: Run, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        pytest.fail("the model was loaded")
-
-    monkeypatch.setattr(using, "load_for_use", fail)
-    done = triptych(
-        "eval", "model", files.data / "test.json", "--images", files.data / "pictures", "--output", tmp_path
-    )
-    assert done.status == 1 and done.err.startswith("error: [Errno 21]") and str(tmp_path) in done.err
-    pairs = triptych("eval", "model", files.data / "pairs.json", "--format", "preference")
-    assert pairs.status == 1 and "hold answers to compare" in pairs.err
-    monkeypatch.setattr(using, "read_samples", lambda datasets, limit: [])
-    nothing = triptych("eval", "model", files.data / "test.json")
-    assert nothing.status == 1 and "no question with an answer in 0 rows" in nothing.err
 
 
 @pytest.mark.parametrize("command", ["eval", "chat"])

@@ -1,0 +1,343 @@
+"""`triptych eval`: models, shown the pictures or grey ones, answer the questions of data files; tables side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+from pydantic import Field, TypeAdapter, ValidationError
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from triptych.core.config import (
+    Config,
+    ConfigTree,
+    command_line_tree,
+    config_problem,
+    did_you_mean,
+    load_tree,
+    validate,
+)
+from triptych.core.errors import ConfigError, DataError, Problem
+from triptych.core.types import ImageReference, Sample
+from triptych.data.fingerprint import fingerprint_file
+from triptych.data.formats import FORMATS, AnyDatasetConfig
+from triptych.evaluation.answers import Answer
+from triptych.evaluation.metrics import MetricName
+from triptych.evaluation.summary import Difference, TaskSummary, compare, summarise
+from triptych.stages.build import open_datasets
+from triptych.stages.recipe import PlainDataset
+from triptych.stages.using import answering_of, load_for_use
+from triptych.stages.vlm import read_samples
+
+SUMMARY = "summary.json"
+"""File in the output folder: every table in one."""
+GREY = (128, 128, 128)
+"""RGB of the pictures a blind model is shown."""
+
+
+class EvaluationRun(Config):
+    """One model that answers."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_]+$")
+    """Its column in the tables, and the beginning of its files' names."""
+    model: str
+    """Folder of a finished model."""
+    pictures: Literal["shown", "grey"] = "shown"
+    """`grey`: every picture is replaced by an even mid-grey of its size, which tells what guessing gets (blind)."""
+    data: tuple[str, ...] = ()
+    """Names of the data sets it answers; empty: all."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first rows of each data set only."""
+
+
+class EvaluationRecipe(Config):
+    """A file for `triptych eval`."""
+
+    kind: Literal["evaluation"]
+    """Marks the file as an evaluation."""
+    output: str | None = None
+    """Folder for the answers (one JSON line each) and the summary. What it holds already is not computed again."""
+    data: dict[str, PlainDataset] = Field(min_length=1)
+    """Name -> questions with true answers."""
+    runs: tuple[EvaluationRun, ...] = Field(min_length=1)
+    """The models, in the order of the columns."""
+    metrics: dict[str, MetricName] = Field(default={})
+    """Task -> what makes an answer right: `exact` (default), `objects` (a caption lists the same things in the same
+    numbers) or `number`."""
+    batch: int = Field(default=16, ge=1)
+    """Questions answered at a time."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest answer in tokens."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The answers of one run to one data set."""
+
+    run: str
+    data: str
+    answers: tuple[Answer, ...]
+
+
+def read_evaluation(tree: ConfigTree) -> EvaluationRecipe:
+    """Validate an evaluation file.
+
+    Raises:
+        ConfigError: a key is wrong, two runs share a name, or a run names a data set that is not there.
+    """
+    recipe = validate(EvaluationRecipe, tree)
+    problems = []
+    names: list[str] = []
+    for index, run in enumerate(recipe.runs):
+        if run.name in names:
+            problems.append(config_problem(tree, ("runs", index, "name"), f"two runs are called `{run.name}`"))
+        names.append(run.name)
+        for number, data in enumerate(run.data):
+            if data not in recipe.data:
+                key = ("runs", index, "data", number)
+                problems.append(
+                    config_problem(tree, key, f"`{data}` is not in `data`", did_you_mean(data, recipe.data))
+                )
+    if problems:
+        raise ConfigError(problems)
+    return recipe
+
+
+def evaluation_file(path: Path, overrides: Sequence[str]) -> EvaluationRecipe:
+    """The recipe in a YAML file.
+
+    Raises:
+        ConfigError: it is wrong.
+    """
+    return read_evaluation(load_tree(path, overrides))
+
+
+def simple_evaluation(
+    data: AnyDatasetConfig,
+    models: Mapping[str, Path],
+    overrides: Sequence[str] = (),
+    *,
+    blind: bool = False,
+    output: Path | None = None,
+    limit: int | None = None,
+) -> EvaluationRecipe:
+    """The recipe for one data file.
+
+    Args:
+        data: The questions.
+        models: Column -> folder of a model.
+        overrides: `key.sub=value`, merged into the recipe.
+        blind: Also let the first model answer about grey pictures.
+        output: Folder for answers and summary.
+        limit: Rows at most.
+
+    Raises:
+        ConfigError: an override is wrong.
+    """
+    runs: list[dict[str, Any]] = [
+        {"name": name, "model": str(folder), "limit": limit} for name, folder in models.items()
+    ]
+    if blind:
+        runs.append({**runs[0], "name": "blind", "pictures": "grey"})
+    values = {
+        "kind": "evaluation",
+        "data": {re.sub(r"\W+", "_", Path(data.path).stem): data.model_dump(mode="json")},
+        "runs": runs,
+        **({} if output is None else {"output": str(output)}),
+    }
+    return read_evaluation(command_line_tree(values, overrides))
+
+
+def dataset_config(data: Path, images: Path | None, format: str) -> AnyDatasetConfig:
+    """A data set given on the command line.
+
+    Raises:
+        ConfigError: the format is not known, or holds no questions.
+    """
+    if format not in FORMATS:
+        raise ConfigError(Problem(f"`{format}` is not a format", key="--format", remedy=did_you_mean(format, FORMATS)))
+    values = {"format": format, "path": os.fspath(data), "images": None if images is None else os.fspath(images)}
+    adapter: TypeAdapter[AnyDatasetConfig] = TypeAdapter(PlainDataset)
+    try:
+        return adapter.validate_python(values)
+    except ValidationError as error:
+        raise ConfigError(
+            [Problem(str(item["msg"]), key=".".join(map(str, item["loc"]))) for item in error.errors()]
+        ) from error
+
+
+def run_evaluation(recipe: EvaluationRecipe) -> dict[str, dict[str, dict[str, TaskSummary]]]:
+    """Let every model answer, print the tables, and write answers and summary where the recipe names a folder.
+
+    Returns:
+        Data set -> run -> task -> summary.
+
+    Raises:
+        DataError: a data set holds no question.
+        ModelError: a model cannot be loaded.
+        OSError: the output folder cannot be written; found before anything is answered.
+    """
+    samples = {name: read_samples(open_datasets([config])) for name, config in recipe.data.items()}
+    for name, found in samples.items():
+        if not _count_questions(found):
+            message = f"no question with an answer in {len(found)} rows"
+            raise DataError(
+                Problem(message, file=str(recipe.data[name].path), remedy="give rows whose turns include true answers")
+            )
+    if recipe.output is not None:
+        Path(recipe.output).mkdir(parents=True, exist_ok=True)
+    evaluated = [item for run in recipe.runs for item in _evaluate(recipe, run, samples)]
+    console = Console(highlight=False)
+    summaries: dict[str, dict[str, dict[str, TaskSummary]]] = {name: {} for name in recipe.data}
+    for item in evaluated:
+        summaries[item.data][item.run] = summarise(item.answers)
+    differences = {name: _differences([item for item in evaluated if item.data == name]) for name in recipe.data}
+    for name in recipe.data:
+        console.print(accuracy_table(name, summaries[name], differences[name]))
+    if recipe.output is not None:
+        tree = {
+            "summaries": {
+                name: {run: {task: asdict(item) for task, item in tasks.items()} for run, tasks in runs.items()}
+                for name, runs in summaries.items()
+            },
+            "differences": {
+                name: {run: {task: asdict(item) for task, item in tasks.items()} for run, tasks in runs.items()}
+                for name, runs in differences.items()
+            },
+        }
+        _write(Path(recipe.output) / SUMMARY, json.dumps(tree, indent=1) + "\n")
+        console.print(f"answers: {recipe.output}", soft_wrap=True)
+    return summaries
+
+
+def _evaluate(
+    recipe: EvaluationRecipe, run: EvaluationRun, samples: Mapping[str, Sequence[Sample]]
+) -> Iterator[Evaluated]:
+    """The answers of a run to each of its data sets, read where the output folder has them."""
+    answering = None
+    for name in run.data or tuple(recipe.data):
+        asked = samples[name][: run.limit]
+        stamp = _stamp(recipe, run, name) if recipe.output is not None else {}
+        answers = _read_answers(recipe, run, name, stamp)
+        if answers is None:
+            if answering is None:
+                answering = answering_of(load_for_use(Path(run.model)), recipe.max_new_tokens, recipe.batch)
+                if run.pictures == "grey":
+                    answering = replace(answering, decode=blind(answering.decode))
+            progress = track(
+                answering.run(asked, recipe.metrics),
+                f"{run.name}: {name}",
+                total=_count_questions(asked),
+                console=Console(),
+                transient=True,
+            )
+            answers = tuple(progress)
+            if recipe.output is not None:
+                lines = "".join(json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in answers)
+                _write(_file(recipe, run, name, ".jsonl"), lines)
+                _write(_file(recipe, run, name, ".json"), json.dumps(stamp, indent=1) + "\n")
+        yield Evaluated(run.name, name, answers)
+
+
+def blind(show: Callable[[ImageReference], Image.Image]) -> Callable[[ImageReference], Image.Image]:
+    """Pictures of the same size, all of one grey."""
+
+    def grey(image: ImageReference) -> Image.Image:
+        return Image.new("RGB", show(image).size, GREY)
+
+    return grey
+
+
+def _count_questions(samples: Sequence[Sample]) -> int:
+    return sum(message.role == "assistant" for sample in samples for message in sample.messages)
+
+
+def _stamp(recipe: EvaluationRecipe, run: EvaluationRun, data: str) -> dict[str, Any]:
+    """What answers depend on; equal stamps mean equal answers."""
+    config = recipe.data[data]
+    model = Path(run.model)
+    weights = sorted(model.glob("*.safetensors"))
+    return {
+        "run": run.model_dump(mode="json", exclude={"data"}),
+        "data": config.model_dump(mode="json"),
+        "rows": fingerprint_file(Path(config.path)) if Path(config.path).is_file() else None,
+        "weights": {file.name: fingerprint_file(file) for file in weights},
+        "metrics": dict(recipe.metrics),
+        "batch": recipe.batch,
+        "max_new_tokens": recipe.max_new_tokens,
+    }
+
+
+def _read_answers(
+    recipe: EvaluationRecipe, run: EvaluationRun, data: str, stamp: Mapping[str, Any]
+) -> tuple[Answer, ...] | None:
+    if recipe.output is None or not _file(recipe, run, data, ".json").is_file():
+        return None
+    if json.loads(_file(recipe, run, data, ".json").read_text(encoding="utf-8")) != stamp:
+        return None
+    return read_answers(_file(recipe, run, data, ".jsonl"))
+
+
+def read_answers(file: Path) -> tuple[Answer, ...]:
+    """Answers as `run_evaluation` writes them."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return tuple(_answer(row) for row in rows)
+
+
+def _answer(row: Mapping[str, Any]) -> Answer:
+    fields = {key: value for key, value in row.items() if key != "is_right"}
+    return Answer(**{**fields, "pictures": tuple(row["pictures"])})
+
+
+def _file(recipe: EvaluationRecipe, run: EvaluationRun, data: str, ending: str) -> Path:
+    assert recipe.output is not None
+    return Path(recipe.output) / f"{run.name}-{data}{ending}"
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _differences(evaluated: Sequence[Evaluated]) -> dict[str, dict[str, Difference]]:
+    """Run -> task -> how much the first run is ahead of it on the questions that both answered."""
+    return {item.run: compare(evaluated[0].answers, item.answers) for item in evaluated[1:]}
+
+
+def accuracy_table(
+    name: str, runs: Mapping[str, Mapping[str, TaskSummary]], differences: Mapping[str, Mapping[str, Difference]]
+) -> Table:
+    """A line a task: n, accuracy with 95 % interval of each run, and what the first run gains over each other one."""
+    first = next(iter(runs))
+    table = Table(title=f"{name}: right answers, 95 % interval")
+    table.add_column("task")
+    for run in runs:
+        table.add_column("n", justify="right")
+        table.add_column(Text(run), justify="right")
+    for run in differences:
+        table.add_column(Text(f"{first} - {run}"), justify="right")
+    for task in runs[first]:
+        cells: list[str] = []
+        for tasks in runs.values():
+            item = tasks.get(task)
+            cells += ["", ""] if item is None else [str(item.n), _percent(item)]
+        for gains in differences.values():
+            gain = gains.get(task)
+            cells.append("" if gain is None else f"{gain.gain:+.1%} [{gain.low:+.0%}, {gain.high:+.0%}]")
+        table.add_row(Text(task), *cells)
+    return table
+
+
+def _percent(item: TaskSummary) -> str:
+    return f"{item.accuracy:.1%} [{item.low:.0%}, {item.high:.0%}]"

@@ -1,0 +1,145 @@
+"""`triptych eval`: answers by task, blind and side by side, computed once."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.commands import triptych
+from tests.recipes.tiny_recipes import Files
+from tests.unit.stages.conftest import Run
+from triptych.core.types import ImageReference
+from triptych.stages import evaluating
+from triptych.stages.evaluating import SUMMARY, blind, read_answers
+
+
+def words(text: str) -> list[list[str]]:
+    """The cells of each line of a printed table."""
+    return [line.split() for line in text.replace("│", " ").splitlines() if line.split()]
+
+
+def rows_of_two_tasks(files: Files, folder: Path) -> Path:
+    rows = json.loads((files.data / "test.json").read_text())[:5]
+    for number, row in enumerate(rows):
+        row["task"] = "even" if number % 2 == 0 else "odd"
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder / "rows.json"
+
+
+def test_accuracy_by_task_and_a_line_for_each_answer(lora_run: Run, files: Files, tmp_path: Path) -> None:
+    rows = rows_of_two_tasks(files, tmp_path)
+    options = ["--images", files.data / "pictures", "--output", tmp_path / "out"]
+    done = triptych("eval", lora_run.output / "model", rows, "max_new_tokens=2", *options)
+    assert done.status == 0, done.err
+    assert [line[0] for line in words(done.out) if line[1:2] in (["5"], ["3"], ["2"])] == ["all", "even", "odd"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "model-rows.jsonl").read_text().splitlines()]
+    assert [answer["truth"] for answer in lines] == ["dog", "cat", "frog", "pig", "banana"]
+    assert lines[0].keys() == {"origin", "task", "question", "truth", "prediction", "metric", "pictures", "is_right"}
+    assert "rows.json:" in lines[0]["origin"] and lines[1]["task"] == "odd"
+    assert lines[0]["pictures"] == ["test-000-dog.png"]
+    limited = triptych("eval", lora_run.output / "model", rows, *options[:2], "--limit", "2", "max_new_tokens=2")
+    assert any(line[1:2] == ["2"] for line in words(limited.out))
+    answers = read_answers(tmp_path / "out" / "model-rows.jsonl")
+    assert [answer.row() for answer in answers] == [{**line, "pictures": tuple(line["pictures"])} for line in lines]
+
+
+def test_two_models_and_a_blind_one_side_by_side(lora_run: Run, files: Files, tmp_path: Path) -> None:
+    rows, model = rows_of_two_tasks(files, tmp_path), lora_run.output / "model"
+    options = ["--images", files.data / "pictures", "--against", model, "--blind", "--output", tmp_path / "out"]
+    done = triptych("eval", model, rows, "max_new_tokens=2", "metrics.even=objects", *options)
+    assert done.status == 0, done.err
+    summary = json.loads((tmp_path / "out" / SUMMARY).read_text())
+    assert list(summary["summaries"]["rows"]) == ["model", "against", "blind"]
+    assert summary["summaries"]["rows"]["model"] == summary["summaries"]["rows"]["against"]
+    assert summary["summaries"]["rows"]["model"]["even"]["n"] == 3
+    equal = summary["differences"]["rows"]["against"]["all"]
+    assert equal == {"gain": 0.0, "low": 0.0, "high": 0.0, "n": 5}
+    assert json.loads((tmp_path / "out" / "model-rows.jsonl").read_text().splitlines()[0])["metric"] == "objects"
+
+
+@pytest.fixture
+def evaluation(lora_run: Run, files: Files, tmp_path: Path) -> dict[str, Any]:
+    rows = rows_of_two_tasks(files, tmp_path)
+    return {
+        "kind": "evaluation",
+        "output": str(tmp_path / "out"),
+        "data": {"rows": {"format": "llava", "path": str(rows), "images": str(files.data / "pictures")}},
+        "runs": [
+            {"name": "after", "model": str(lora_run.output / "model")},
+            {"name": "blind", "model": str(lora_run.output / "model"), "pictures": "grey", "limit": 3},
+        ],
+        "max_new_tokens": 2,
+    }
+
+
+def test_an_evaluation_file_is_computed_once(
+    evaluation: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "evaluation.yaml"
+    file.write_text(yaml.safe_dump(evaluation))
+    first = triptych("eval", file)
+    assert first.status == 0, first.err
+    table = next(line for line in words(first.out) if line[0] == "all")
+    assert table[1] == "5" and "3" in table
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(kept) == {"after-rows.jsonl", "after-rows.json", "blind-rows.jsonl", "blind-rows.json", SUMMARY}
+
+    # An interrupted run has no stamp for what it did not finish: only that is computed again.
+    (tmp_path / "out" / "blind-rows.json").unlink()
+    loaded: list[Path] = []
+    load = evaluating.load_for_use
+    monkeypatch.setattr(evaluating, "load_for_use", lambda folder: loaded.append(folder) or load(folder))
+    again = triptych("eval", file)
+    assert again.status == 0 and len(loaded) == 1
+    assert kept == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert "all" in triptych("eval", file).out and len(loaded) == 1
+    assert triptych("eval", file, "max_new_tokens=1").status == 0 and len(loaded) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("runs.0.data=[row]", r"evaluation.yaml|command line(.|\n)*`row` is not in `data`(.|\n)*did you mean `rows`"),
+        ("runs.1.name=after", "two runs are called `after`"),
+        ("metrics.even=objcts", "did you mean `objects`"),
+        ("runs.0.picture=grey", r"unknown key `picture`(.|\n)*did you mean `pictures`"),
+        ("runs=[]", "at least 1 item"),
+    ],
+)
+def test_a_wrong_evaluation_file_is_refused(evaluation: dict[str, Any], change: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "evaluation.yaml"
+    file.write_text(yaml.safe_dump(evaluation))
+    done = triptych("eval", file, change)
+    assert done.status == 1 and "Traceback" not in done.err
+    assert re.search(said, done.err), done.err
+
+
+def test_blind_pictures_keep_their_size_and_show_nothing() -> None:
+    seen = blind(lambda image: Image.new("RGB", (12, 7), "red"))(ImageReference(path="/a.png", name="a.png"))
+    assert seen.size == (12, 7) and seen.getcolors() == [(84, (128, 128, 128))]
+
+
+def test_the_folder_is_made_and_questions_are_counted_before_any_work(
+    lora_run: Run, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr(evaluating, "load_for_use", fail)
+    (tmp_path / "file").write_text("")
+    arguments = ["eval", "model", files.data / "test.json", "--images", files.data / "pictures"]
+    done = triptych(*arguments, "--output", tmp_path / "file")
+    assert done.status == 1 and done.err.startswith("error: [Errno 17]") and str(tmp_path) in done.err
+    pairs = triptych("eval", "model", files.data / "pairs.json", "--format", "preference")
+    assert pairs.status == 1 and "hold answers to compare" in pairs.err
+    monkeypatch.setattr(evaluating, "read_samples", lambda datasets: [])
+    nothing = triptych("eval", "model", files.data / "test.json")
+    assert nothing.status == 1 and "no question with an answer in 0 rows" in nothing.err
+    without = triptych("eval", "model")
+    assert without.status == 2 and "give a data file" in without.err
