@@ -109,12 +109,14 @@ def evaluate(
 @app.command()
 def chat(
     model: Model,
-    image: Annotated[Path | None, typer.Option(help="Picture to start with.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Picture to start with: a path, or the number of a test scene.")
+    ] = None,
     terminal: Annotated[bool, typer.Option("--terminal", help="Talk in the terminal (the only form so far).")] = True,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
 ) -> None:
-    """Talk with a model about a picture; `/image PATH` adds one, `/reset` starts over, `/exit` leaves."""
+    """Talk with a model about pictures; `/image PATH` adds one, `/reset` starts over, `/exit` leaves."""
     _quiet()
     from triptych.stages.using import chat_in_terminal
 

@@ -15,6 +15,8 @@ from triptych.core.config import did_you_mean, load_tree, validate
 from triptych.core.errors import ConfigError, DataError, ModelError, Problem, TriptychError
 from triptych.core.types import ImageReference, Message, Part, Text
 from triptych.data.images import decode, resolve_image
+from triptych.data.scene_questions import describe
+from triptych.data.scenes import draw, sample_scene
 from triptych.engine.checkpoint import read
 from triptych.engine.state import restore_tensors, seed_everything
 from triptych.evaluation.answers import Answering
@@ -69,13 +71,13 @@ def answering_of(loaded: LoadedVlm, max_new_tokens: int, batch: int = 16) -> Ans
     return make_answering(loaded, make_encoder(loaded, template_name(loaded), limit), max_new_tokens, batch)
 
 
-def chat_in_terminal(model: Path, image: Path | None, system: str, max_new_tokens: int) -> None:
+def chat_in_terminal(model: Path, image: str | None, system: str, max_new_tokens: int) -> None:
     """Talk until `/exit` or end of input; mistakes are reported and the conversation goes on."""
     console = Console(highlight=False)
     chat = Chat(answering_of(load_for_use(model), max_new_tokens, batch=1), system)
     if image is not None:
-        chat.add_image(image)
-    console.print("/image PATH adds a picture, /reset starts over, /exit leaves", style="dim")
+        console.print(chat.add_image(image), markup=False, soft_wrap=True)
+    console.print("/image PATH or NUMBER adds a picture, /reset starts over, /exit leaves", style="dim")
     prompt = "[bold]you:[/bold] " if console.is_terminal else ""
     while True:
         try:
@@ -110,18 +112,27 @@ class Chat:
         self.messages = [Message("system", (Text(self.system),))] if self.system else []
         self.waiting = []
 
-    def add_image(self, path: Path) -> None:
-        """Show a picture with the next question.
+    def add_image(self, name: str) -> str:
+        """Show a picture with the next question: a file, or the test scene with a number.
+
+        Returns:
+            What was added, in words.
 
         Raises:
             DataError: it is not a readable picture.
         """
-        path = path.expanduser().resolve()
+        path = Path(name).expanduser().resolve()
+        if name.isdigit() and not path.exists():
+            scene = sample_scene("test", 0, int(name))
+            self.waiting.append(_drawn(draw(scene), f"scene {name}"))
+            return f"scene {name} ({describe(scene)})"
         if not path.is_file():
-            raise DataError(Problem("no such picture", file=str(path), remedy="/image PATH, absolute or from here"))
+            remedy = "the path of a picture, absolute or from here, or the number of a test scene"
+            raise DataError(Problem("no such picture", file=str(path), remedy=remedy))
         reference = resolve_image(path.parent, path.name)
         decode(reference)
         self.waiting.append(reference)
+        return f"picture {name}"
 
     def say(self, line: str) -> str:
         """Handle one line of input; the reply, or a confirmation of a command.
@@ -132,9 +143,8 @@ class Chat:
         command, _, argument = line.partition(" ")
         if command == "/image":
             if not argument.strip():
-                raise DataError(Problem("no path given", remedy="/image PATH"))
-            self.add_image(Path(argument.strip()))
-            return f"(picture {argument.strip()} goes with your next question)"
+                raise DataError(Problem("no picture given", remedy="/image PATH, or /image NUMBER of a test scene"))
+            return f"({self.add_image(argument.strip())} goes with your next question)"
         if command == "/reset":
             self.reset()
             return "(started over)"
@@ -205,10 +215,7 @@ def check_parity(loaded: LoadedVlm, folder: Path, max_new_tokens: int = 12) -> P
     picture = Image.fromarray(pixels)
     question = "What is in the picture?"
     encoder = make_encoder(loaded, template_name(loaded), MAX_CONTEXT)
-    encoded = io.BytesIO()
-    picture.save(encoded, "PNG")
-    reference = ImageReference(data=encoded.getvalue(), name="probe")
-    example = encoder.encode_prompt([Message("user", (reference, Text(question)))])
+    example = encoder.encode_prompt([Message("user", (_drawn(picture, "probe"), Text(question)))])
     model = loaded.model.float()
     inputs = prompt_inputs(model, [Prompt(example.trunk.input_ids, (picture,))], loaded.pictures, pad=0)
     has_processor = (folder / "processor_config.json").is_file() and loaded.source is None
@@ -231,3 +238,10 @@ def check_parity(loaded: LoadedVlm, folder: Path, max_new_tokens: int = 12) -> P
             )
         )
     return parity
+
+
+def _drawn(picture: Image.Image, name: str) -> ImageReference:
+    """A picture in memory as data sets give them."""
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    return ImageReference(data=encoded.getvalue(), name=name)

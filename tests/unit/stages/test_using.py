@@ -19,7 +19,10 @@ from tests.commands import triptych
 from tests.recipes.tiny_recipes import Files
 from tests.unit.stages.conftest import Run
 from triptych.core.errors import ConfigError, DataError
-from triptych.core.types import Message
+from triptych.core.types import ImageReference, Message
+from triptych.data.images import decode
+from triptych.data.scene_questions import describe
+from triptych.data.scenes import draw, sample_scene
 from triptych.export.parity import Parity
 from triptych.stages import using
 from triptych.stages.using import Chat, answering_of, find_checkpoint, inference_device, load_for_use
@@ -45,7 +48,7 @@ def test_a_conversation_keeps_turns_and_pictures_and_survives_mistakes(files: Fi
     dog, cat = (files.data / "pictures" / f"test-000-{name}.png" for name in ("dog", "cat"))
     assert "goes with your next question" in chat.say(f"/image {dog}")
     assert chat.say("who?") == "2 turns, 1 pictures: who?"
-    chat.add_image(cat)
+    chat.add_image(str(cat))
     for mistake in ("/image", "/image nope.png", f"/image {files.data / 'train.json'}", "x" * 60, "/rest"):
         with pytest.raises(DataError):
             chat.say(mistake)
@@ -56,10 +59,25 @@ def test_a_conversation_keeps_turns_and_pictures_and_survives_mistakes(files: Fi
     assert chat.say("hello") == "2 turns, 0 pictures: hello"
 
 
+def test_a_number_is_a_test_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    chat = Chat(Parrot())  # type: ignore[arg-type]
+    scene = sample_scene("test", 0, 12)
+    assert chat.say("/image 12") == f"(scene 12 ({describe(scene)}) goes with your next question)"
+    (shown,) = chat.waiting
+    assert isinstance(shown, ImageReference)
+    assert decode(shown).tobytes() == draw(scene).tobytes()
+    # A file of that name comes first.
+    draw(sample_scene("test", 0, 1)).save(tmp_path / "12", "PNG")
+    assert chat.say("/image 12") == "(picture 12 goes with your next question)"
+    with pytest.raises(DataError, match="NUMBER of a test scene"):
+        chat.say("/image")
+
+
 def test_a_real_model_talks_over_several_turns_and_pictures(lora_run: Run, files: Files) -> None:
     chat = Chat(answering_of(load_for_use(lora_run.output / "model"), 3, batch=1))
     for name in ("dog", "cat"):
-        chat.add_image(files.data / "pictures" / f"test-000-{name}.png")
+        chat.add_image(str(files.data / "pictures" / f"test-000-{name}.png"))
         chat.say("What is in the picture?")
     assert [len(message.images) for message in chat.messages] == [1, 0, 1, 0]
 
