@@ -161,6 +161,17 @@ def scenes(
         console.print(f"{output} holds exactly this already")
 
 
+@app.command("report")
+def write_report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run or a pipeline (its `output`).", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="HTML file to write; default: RUN/report.html.")] = None,
+) -> None:
+    """Write one self-contained HTML page: curves, accuracy by task, answers with pictures, what was trained."""
+    from triptych.web.report import write_report as run_report
+
+    Console(soft_wrap=True).print(f"report: {run_report(run, output)}", markup=False, highlight=False)
+
+
 @app.command()
 def doctor() -> None:
     """Report on the environment: versions, devices, optional parts, what is known to conflict."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -122,6 +123,20 @@ class TuningPlan:
                 f"{row.count.total:,}",
             )
         return Group(table, Text(str(self.count)))
+
+    def summary(self) -> list[dict[str, Any]]:
+        """The rows of `table` as plain values."""
+        return [
+            {
+                "match": row.rule.match,
+                "method": _describe(row.rule),
+                "lr": row.lr,
+                "weight_decay": row.weight_decay,
+                "trainable": row.count.trainable,
+                "total": row.count.total,
+            }
+            for row in self.rows
+        ]
 
 
 def apply_tuning(

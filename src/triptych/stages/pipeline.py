@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from triptych.stages.run import FINISHED, RECIPE, has_checkpoint, run_stage
 from triptych.stages.table import STAGES
 
 MODEL = "model"
+CONTENTS = "pipeline.json"
+"""The stages of a pipeline's folder."""
 
 
 class PipelineStage(Config):
@@ -130,9 +133,12 @@ def train(path: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -
         ConfigError: the file, a recipe of it or an override is wrong; all problems at once, before anything runs.
     """
     console = Console(quiet=not is_main())
-    stages = read_stages(load_tree(path, overrides))
+    tree = load_tree(path, overrides)
+    stages = read_stages(tree)
     for stage in stages:
         stage.skips()  # what it refuses is said before anything runs
+    if tree.values.get("kind") == "pipeline" and is_main() and not dry_run:
+        write_contents(Path(tree.values["output"]), stages)
     for stage in stages:
         if stage.title:
             console.rule(stage.title)
@@ -144,6 +150,13 @@ def train(path: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -
             continue
         with in_recipe(stage.tree):
             run_stage(stage.recipe, _checked(stage.build) if dry_run else stage.build, stage.tree, dry_run=dry_run)
+
+
+def write_contents(output: Path, stages: Sequence[Stage]) -> None:
+    """Write the stages of a pipeline in order, for those who look at its folder later."""
+    output.mkdir(parents=True, exist_ok=True)
+    contents = [{"title": stage.title, "folder": os.path.relpath(stage.output, output)} for stage in stages]
+    (output / CONTENTS).write_text(json.dumps({"stages": contents}, indent=1) + "\n", encoding="utf-8")
 
 
 def read_stages(tree: ConfigTree) -> list[Stage]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from triptych import __version__
 from triptych.core.config import ConfigTree
 from triptych.core.distributed import barrier, is_main
 from triptych.core.protocols import Evaluator
@@ -23,12 +24,15 @@ from triptych.engine.trainer import Trainer
 from triptych.models.tuning import check_gradients
 from triptych.models.vlm import VlmScorer
 from triptych.stages.build import Built, make_loader, resolved
+from triptych.stages.doctor import environment
 from triptych.stages.recipe import StageRecipe
 
 FINISHED = "finished.json"
 """Written last; a pipeline skips a stage whose folder has it."""
 RECIPE = "recipe.yaml"
 """The recipe of a run with every default filled in."""
+FACTS = "facts.json"
+"""The tuning plan and the environment of a run."""
 
 
 def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTree, *, dry_run: bool = False) -> None:
@@ -47,6 +51,7 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
     if is_main() and is_new:
         # With a checkpoint, the recipe may be another one, which is refused below: it must not replace the file.
         write_recipe(recipe, output)
+        write_facts(built, output)
     barrier()
     trainer = make_trainer(recipe, built, runtime, output)
     if is_new:
@@ -73,6 +78,12 @@ def write_recipe(recipe: StageRecipe, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True)
     (output / RECIPE).write_text(text, encoding="utf-8")
+
+
+def write_facts(built: Built, output: Path) -> None:
+    """Write what a report shows of the run's beginning: the tuning plan and the environment."""
+    facts = {"tuning": built.plan.summary(), "environment": {"triptych": __version__, **environment()}}
+    (output / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def make_trainer(recipe: StageRecipe, built: Built, runtime: Runtime, output: Path) -> Trainer:
