@@ -132,7 +132,7 @@ def export(
 ) -> None:
     """Merge adapters, save a Hugging Face folder, and verify it by reloading with plain transformers."""
     _quiet()
-    from triptych.stages.using import export_run
+    from triptych.stages.exporting import export_run
 
     export_run(run, output, checkpoint)
 

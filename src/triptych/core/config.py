@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -26,6 +26,11 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+Place = tuple[str, int | None]
+"""File (or `command line`) and line."""
+COMMAND_LINE: Place = ("command line", None)
+
+
 @dataclass(frozen=True)
 class ConfigTree:
     """A recipe as read: plain values and where each key stands."""
@@ -34,23 +39,32 @@ class ConfigTree:
     path: Path
     lines: Mapping[KeyPath, int]
     """Key path -> 1-based line of the file; keys set on the command line are absent."""
-    overridden: frozenset[KeyPath] = frozenset()
+    overridden: Mapping[KeyPath, Place] = field(default_factory=dict)
+    """Key path -> where the value comes from that replaced the file's."""
 
-    def locate(self, key: KeyPath) -> tuple[str, int | None]:
-        """File (or `command line`) and line of a key, or of its nearest parent that has one."""
+    def locate(self, key: KeyPath) -> Place:
+        """Where a key stands, or its nearest parent that stands somewhere."""
         while key:
             if key in self.overridden:
-                return "command line", None
+                return self.overridden[key]
             if key in self.lines:
                 return str(self.path), self.lines[key]
-            if any(item[: len(key)] == key for item in self.overridden):
-                return "command line", None
+            below = next((place for item, place in self.overridden.items() if item[: len(key)] == key), None)
+            if below is not None:
+                return below
             key = key[:-1]
         return str(self.path), None
 
 
-def load_tree(path: Path | str, overrides: Sequence[str] = ()) -> ConfigTree:
-    """Read a YAML recipe and merge `key.sub=value` overrides into it.
+def load_tree(
+    path: Path | str, overrides: Sequence[str] = (), given: Mapping[KeyPath, tuple[Any, Place]] | None = None
+) -> ConfigTree:
+    """Read a YAML recipe and merge values into it.
+
+    Args:
+        path: the file.
+        overrides: `key.sub=value` of the command line; they win.
+        given: key path -> (value, where it stands), what another file puts into this one.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or an override cannot be parsed.
@@ -58,7 +72,12 @@ def load_tree(path: Path | str, overrides: Sequence[str] = ()) -> ConfigTree:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(Problem("recipe not found", file=str(path), remedy=_similar_files(path)))
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        row = path.read_bytes()[: error.start].count(b"\n") + 1
+        message = f"not UTF-8: {error.reason}"
+        raise ConfigError(Problem(message, file=str(path), line=row, remedy="save the file as UTF-8")) from error
     try:
         node = yaml.compose(text)
         tree = OmegaConf.create(text)
@@ -74,7 +93,7 @@ def load_tree(path: Path | str, overrides: Sequence[str] = ()) -> ConfigTree:
         raise ConfigError(Problem("a recipe must be a mapping of keys", file=str(path), line=1))
     lines: dict[KeyPath, int] = {}
     _collect_lines(node, (), lines)
-    return _merge(tree, path, lines, overrides)
+    return _merge(tree, path, lines, {**(given or {}), **_parse_overrides(overrides)})
 
 
 def command_line_tree(values: Mapping[str, Any], overrides: Sequence[str]) -> ConfigTree:
@@ -83,24 +102,36 @@ def command_line_tree(values: Mapping[str, Any], overrides: Sequence[str]) -> Co
     Raises:
         ConfigError: an override cannot be parsed.
     """
-    return _merge(OmegaConf.create(dict(values)), Path("command line"), {}, overrides)
+    return _merge(OmegaConf.create(dict(values)), Path(COMMAND_LINE[0]), {}, _parse_overrides(overrides))
 
 
-def _merge(tree: Any, path: Path, lines: Mapping[KeyPath, int], overrides: Sequence[str]) -> ConfigTree:
+def _parse_overrides(overrides: Sequence[str]) -> dict[KeyPath, tuple[Any, Place]]:
     problems: list[Problem] = []
-    overridden: list[KeyPath] = []
+    parsed: dict[KeyPath, tuple[Any, Place]] = {}
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
-            problems.append(
-                Problem(f"override `{override}` is not `key.sub=value`", file="command line", remedy="write key=value")
-            )
+            remedy = "write key=value"
+            problems.append(Problem(f"override `{override}` is not `key.sub=value`", COMMAND_LINE[0], remedy=remedy))
             continue
         try:
-            OmegaConf.update(tree, key, yaml.safe_load(value), merge=True, force_add=True)
-            overridden.append(_parse_key(key))
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-            problems.append(Problem(f"override `{override}`: {error}", file="command line"))
+            parsed[parse_key(key)] = (yaml.safe_load(value), COMMAND_LINE)
+        except yaml.YAMLError as error:
+            problems.append(Problem(f"override `{override}`: {error}", COMMAND_LINE[0]))
+    if problems:
+        raise ConfigError(problems)
+    return parsed
+
+
+def _merge(
+    tree: Any, path: Path, lines: Mapping[KeyPath, int], given: Mapping[KeyPath, tuple[Any, Place]]
+) -> ConfigTree:
+    problems: list[Problem] = []
+    for key, (value, (file, line)) in given.items():
+        try:
+            OmegaConf.update(tree, _dotted(key), value, merge=True, force_add=True)
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            problems.append(Problem(f"`{_dotted(key)}={value}` cannot be put into {path}: {error}", file, line))
     if problems:
         raise ConfigError(problems)
     try:
@@ -108,7 +139,8 @@ def _merge(tree: Any, path: Path, lines: Mapping[KeyPath, int], overrides: Seque
     except OmegaConfBaseException as error:
         raise ConfigError(Problem(f"cannot be resolved: {error}", file=str(path))) from error
     assert isinstance(values, dict)
-    return ConfigTree({str(key): value for key, value in values.items()}, path, lines, frozenset(overridden))
+    places = {key: place for key, (_, place) in given.items()}
+    return ConfigTree({str(key): value for key, value in values.items()}, path, lines, places)
 
 
 def validate(schema: type[ConfigType], tree: ConfigTree) -> ConfigType:
@@ -130,13 +162,14 @@ def config_problem(tree: ConfigTree, key: KeyPath, message: str, remedy: str | N
     return Problem(message, file=file, line=line, key=_dotted(key), remedy=remedy)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A remedy that offers the nearest known names, or lists them all."""
+def did_you_mean(name: str, known: Iterable[str], most: int = 40) -> str:
+    """A remedy that offers the nearest known names, or lists them: all, or `most` of them."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=2, cutoff=0.55)
     if close:
         return "did you mean " + " or ".join(f"`{item}`" for item in close) + "?"
-    return "known: " + ", ".join(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return "known: " + ", ".join(names[:most]) + rest
 
 
 def differing_keys(left: Any, right: Any, key: KeyPath = ()) -> list[str]:
@@ -163,7 +196,8 @@ def _collect_lines(node: yaml.Node, key: KeyPath, lines: dict[KeyPath, int]) -> 
             _collect_lines(value, child, lines)
 
 
-def _parse_key(key: str) -> KeyPath:
+def parse_key(key: str) -> KeyPath:
+    """`data[0].path` or `data.0.path` -> ("data", 0, "path")."""
     return tuple(int(part) if part.isdigit() else part for part in key.replace("[", ".").replace("]", "").split("."))
 
 

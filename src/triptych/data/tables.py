@@ -27,13 +27,23 @@ def parse_json(data: bytes, file: str, line: int, member: str = "") -> dict[str,
     """
     inside = f" in member `{member}`" if member else ""
     try:
-        row = json.loads(data.decode("utf-8-sig").rstrip())
+        row = json.loads(data.decode("utf-8-sig").rstrip(), object_pairs_hook=_once)
+        if b"\\u" in data:
+            # Half of a surrogate pair is valid JSON but no text.
+            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         message = f"row is not UTF-8 at byte {error.start}{inside}: {error.reason}"
         raise DataError(Problem(message, file=file, line=line, remedy="save the file as UTF-8")) from error
     except json.JSONDecodeError as error:
         place = f"line {line if not member else error.lineno}, column {error.colno}"
         message = f"row is not valid JSON at {place}{inside}: {error.msg}"
+        raise DataError(Problem(message, file=file, line=line, remedy="mend or drop the row")) from error
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):x}"
+        message = f"row has half of a surrogate pair (`{half}`){inside}, which is no text"
+        raise DataError(Problem(message, file=file, line=line, remedy="mend the escape or drop the row")) from error
+    except ValueError as error:  # a key that stands twice, a number of thousands of digits
+        message = f"row cannot be used{inside}: {error}"
         raise DataError(Problem(message, file=file, line=line, remedy="mend or drop the row")) from error
     except RecursionError as error:
         message = f"row is nested too deeply{inside}"
@@ -43,6 +53,15 @@ def parse_json(data: bytes, file: str, line: int, member: str = "") -> dict[str,
         remedy = "unpack it: one object a row" if isinstance(row, list) else "a row is an object of keys and values"
         raise DataError(Problem(f"row is {kind}, not an object{inside}", file=file, line=line, remedy=remedy))
     return row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys each stand once: of two values, one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key `{next(name for name in names if names.count(name) > 1)}` stands twice")
+    return found
 
 
 class DelimitedRows:

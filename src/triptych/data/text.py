@@ -85,7 +85,10 @@ class TextEncoder:
             )
 
     def _spans(self, text: str) -> list[tuple[int, int, int]]:
-        encoding = self._engine.encode(text, add_special_tokens=False)
+        try:
+            encoding = self._engine.encode(text, add_special_tokens=False)
+        except TypeError as error:  # what the engine says of half a surrogate pair
+            raise DataError(f"the text {text[:40]!r} is not valid Unicode", remedy="mend or drop it") from error
         return list(_without_gaps(encoding.ids, encoding.offsets))
 
 

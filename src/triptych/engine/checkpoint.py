@@ -136,6 +136,18 @@ class Checkpoints:
         path = self._on_main(self._choose)
         return LoadedSnapshot(read(path), path) if path else None
 
+    def resumable(self) -> int | None:
+        """The step a run would resume at; None where there is no checkpoint. Reads no weights, changes nothing.
+
+        Raises:
+            CheckpointError: the newest checkpoint is of another recipe or world size.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        self._check_same_run(self.path(steps[-1]))
+        return steps[-1]
+
     def set_links(self, best_step: int | None) -> None:
         """Point `last` at the newest checkpoint and `best` at that of `best_step`, if it is there."""
         self._on_main(lambda: self._set_links(best_step))

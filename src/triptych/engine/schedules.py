@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -79,8 +79,15 @@ class ThreePhaseConfig(Config):
     """Share of the peak that is left at the end, and after it."""
 
 
-ScheduleConfig = Annotated[CosineConfig | LinearConfig | ConstantConfig | ThreePhaseConfig, Field(discriminator="kind")]
-"""The `schedule:` section of a recipe, told apart by `kind`."""
+def _default_kind(section: Any) -> Any:
+    return {"kind": "cosine", **section} if isinstance(section, dict) else section
+
+
+ScheduleConfig = Annotated[
+    Annotated[CosineConfig | LinearConfig | ConstantConfig | ThreePhaseConfig, Field(discriminator="kind")],
+    BeforeValidator(_default_kind),
+]
+"""The `schedule:` section of a recipe, told apart by `kind`; cosine where it names none."""
 
 
 def multiplier(config: ScheduleConfig, step: int, total: int | None) -> float:

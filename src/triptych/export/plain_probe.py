@@ -10,16 +10,26 @@ import sys
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 
 def main(folder: str, inputs_file: str, outputs_file: str, max_new_tokens: int) -> None:
-    """Write `logits` [1, L, V], `generated` [n] and, given a picture and a prompt, the processor's view."""
+    """Write `logits` [1, L, V], `generated` [n] and, given a picture and a prompt, the processor's view.
+
+    With no new tokens the folder holds a dual encoder: `logits` are its similarities, [pictures, texts].
+    """
     inputs = load_file(inputs_file)
     picture = inputs.pop("probe_picture", None)
     prompt = inputs.pop("probe_prompt", None)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     outputs: dict[str, torch.Tensor] = {}
+    if max_new_tokens == 0:
+        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            outputs["logits"] = encoder(**inputs).logits_per_image.float().contiguous()
+        outputs["generated"] = torch.empty(0, dtype=torch.int64)
+        save_file(outputs, outputs_file)
+        return
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         outputs["logits"] = model(**inputs).logits.float().contiguous()
         new = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)

@@ -158,10 +158,16 @@ class DualEncoderScorer(nn.Module):
         assert batch.pixels is not None
         images = self.embed_images(batch.pixels)
         rows = torch.tensor([row[0] for row in batch.row_images], device=images.device)
+        # As pictures, equal captions are embedded once; their gradients add up in the gather. `text_keys` are ids of
+        # captions, so this needs no look at the tokens. With dropout each would have a mask of its own.
+        firsts, caption = _first_of_each(batch.text_keys)
+        if self.hf.text_model.training:
+            firsts = caption = torch.arange(batch.num_rows, device=images.device)
+        texts = self.embed_texts(batch.input_ids[firsts], batch.attention_mask[firsts])
         scale, bias = self.scale_and_bias()
         return Scores(
             image_embeddings=images[rows],
-            text_embeddings=self.embed_texts(batch.input_ids, batch.attention_mask),
+            text_embeddings=texts[caption],
             logit_scale=scale,
             logit_bias=bias,
         )
@@ -244,6 +250,15 @@ def load_dual_encoder(config: DualEncoderConfig, *, dtype: torch.dtype = torch.f
         max_scale=config.temperature.max_scale,
         max_text_tokens=model.config.text_config.max_position_embeddings,
     )
+
+
+def _first_of_each(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """(first row of each different key, for every row the number of its key); both int64."""
+    unique, member = torch.unique(keys, return_inverse=True)
+    firsts = torch.full_like(unique, len(keys)).scatter_reduce(
+        0, member, torch.arange(len(keys), device=keys.device), "amin"
+    )
+    return firsts, member
 
 
 def save_dual_encoder(loaded: LoadedDualEncoder, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:

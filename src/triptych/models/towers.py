@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -286,6 +287,9 @@ def _tokenizer_source(config: TowerConfig, tokenizer: str | None) -> str:
 def _from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
     if "model_type" not in fields:
         raise ModelError("`config` needs a `model_type`", remedy="e.g. `model_type: siglip_vision_model`")
+    if fields["model_type"] not in CONFIG_MAPPING:
+        remedy = did_you_mean(str(fields["model_type"]), CONFIG_MAPPING, most=8)
+        raise ModelError(f"transformers knows no model of type `{fields['model_type']}`", remedy=remedy)
     others = {name: value for name, value in fields.items() if name != "model_type"}
     try:
         config = AutoConfig.for_model(fields["model_type"], **others)

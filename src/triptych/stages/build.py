@@ -12,7 +12,7 @@ from torch import nn
 
 from triptych.core.config import Config
 from triptych.core.distributed import rank, world_size
-from triptych.core.errors import DataError, ModelError, Problem
+from triptych.core.errors import ConfigError, DataError, ModelError, Problem
 from triptych.core.protocols import Evaluator, Objective, PictureProcessor, Reference
 from triptych.core.types import Example, ParameterGroup, Sample
 from triptych.data.formats import AnyDatasetConfig, Dataset, open_dataset
@@ -144,6 +144,9 @@ def preflight(recipe: StageRecipe, built: Built) -> None:
     Raises:
         TriptychError: mixture, optimizer or schedule do not fit the recipe.
     """
+    if recipe.train.best and recipe.evaluation is None:
+        message = f"`{recipe.train.best.metric}` is followed, but nothing evaluates it"
+        raise ConfigError(Problem(message, key="train.best", remedy="give `evaluation:`, or take `best` out"))
     loader = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, None)
     build_optimizer(built.groups, recipe.train.optimizer, recipe.loader.global_batch)
     multiplier(recipe.train.schedule, 0, loader.total_windows)

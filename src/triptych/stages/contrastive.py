@@ -22,7 +22,7 @@ from triptych.stages.saving import save_finished
 def build_contrastive(recipe: ContrastiveRecipe) -> Built:
     """Load or compose the towers, apply the tuning plan, open the captions."""
     datasets = open_datasets(recipe.data)
-    loaded, plan = _load(recipe)
+    loaded, plan = load_contrastive(recipe)
     scorer = DualEncoderScorer(loaded.model, loaded.components, loaded.max_scale)
     check_length(recipe.max_length, loaded.max_text_tokens, "text encoder")
     encoder = CaptionEncoder(loaded.tokenizer, recipe.max_length, truncate_captions=recipe.truncate_captions)
@@ -53,13 +53,14 @@ def build_contrastive(recipe: ContrastiveRecipe) -> Built:
         encode=encode,
         datasets=datasets,
         objective=objective,
-        save=lambda folder: save_finished(folder, loaded, lambda: _load(recipe)[0]),
+        save=lambda folder: save_finished(folder, loaded, lambda: load_contrastive(recipe)[0]),
         evaluators=evaluators,
         after_step=lambda: bound_scale(loaded.model, loaded.max_scale),
     )
 
 
-def _load(recipe: ContrastiveRecipe) -> tuple[LoadedDualEncoder, TuningPlan]:
+def load_contrastive(recipe: ContrastiveRecipe) -> tuple[LoadedDualEncoder, TuningPlan]:
+    """The towers with the tuning plan applied; the same recipe and seed give the same weights."""
     with at_key("model"):
         loaded = load_dual_encoder(recipe.model, dtype=torch_dtype(recipe.dtype))
     with at_key("tuning"):

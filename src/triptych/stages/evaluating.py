@@ -170,9 +170,8 @@ def dataset_config(data: Path, images: Path | None, format: str) -> AnyDatasetCo
     try:
         return adapter.validate_python(values)
     except ValidationError as error:
-        raise ConfigError(
-            [Problem(str(item["msg"]), key=".".join(map(str, item["loc"]))) for item in error.errors()]
-        ) from error
+        found = [(str(item["msg"]).removeprefix("Value error, "), item["loc"]) for item in error.errors()]
+        raise ConfigError([Problem(text, key=".".join(map(str, key))) for text, key in found]) from error
 
 
 def run_evaluation(recipe: EvaluationRecipe) -> dict[str, dict[str, dict[str, TaskSummary]]]:

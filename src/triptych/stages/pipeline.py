@@ -20,6 +20,7 @@ from triptych.core.config import (
     did_you_mean,
     differing_keys,
     load_tree,
+    parse_key,
     validate,
 )
 from triptych.core.distributed import is_main
@@ -39,8 +40,8 @@ CONTENTS = "pipeline.json"
 class PipelineStage(Config):
     """One recipe of a pipeline."""
 
-    name: str
-    """How later stages refer to this one."""
+    name: str = Field(pattern=r"^\w[\w.-]*$")
+    """How later stages refer to this one, and its folder; letters, digits, `_`, `-` and `.`."""
     recipe: str
     """Recipe file, relative to the pipeline file."""
     title: str = ""
@@ -58,7 +59,7 @@ class Pipeline(Config):
     """Marks the file as a pipeline."""
     output: str
     """Folder of the pipeline; each stage writes to `output/<name>`."""
-    stages: list[PipelineStage]
+    stages: list[PipelineStage] = Field(min_length=1)
     """In order."""
 
 
@@ -175,7 +176,7 @@ def read_stages(tree: ConfigTree) -> list[Stage]:
         title = f"{number}/{len(pipeline.stages)} {item.name}: {item.title or item.recipe}"
         sources = tuple(Path(pipeline.output) / source for source in item.init.values())
         try:
-            stages.append(_read_stage(title, _stage_tree(pipeline, item, tree.path.parent), sources))
+            stages.append(_read_stage(title, _stage_tree(pipeline, number - 1, tree), sources))
         except ConfigError as error:
             problems.extend(error.problems)
     if problems:
@@ -191,6 +192,10 @@ def find_stage(tree: ConfigTree) -> str:
     """
     name = str(tree.values.get("stage", ""))
     if name not in STAGES:
+        if "kind" in tree.values:
+            message = f"a recipe with a `stage` belongs here, not a file of `kind: {tree.values['kind']}`"
+            remedy = "a file of recipes is of `kind: pipeline`, and is no stage of another"
+            raise ConfigError(config_problem(tree, ("kind",), message, remedy))
         message = f"`stage: {name}` is not a stage" if name else "`stage` is required"
         raise ConfigError(config_problem(tree, ("stage",), message, did_you_mean(name, STAGES)))
     return name
@@ -210,10 +215,19 @@ def _checked(build: Callable[..., Built]) -> Callable[[StageRecipe], Built]:
     return checked
 
 
-def _stage_tree(pipeline: Pipeline, stage: PipelineStage, base: Path) -> ConfigTree:
-    models = {key: str(Path(pipeline.output) / source / MODEL) for key, source in stage.init.items()}
-    values = {"output": str(Path(pipeline.output) / stage.name), **stage.set, **models}
-    return load_tree(base / stage.recipe, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+def _stage_tree(pipeline: Pipeline, index: int, tree: ConfigTree) -> ConfigTree:
+    """The recipe of a stage with what the pipeline file puts into it, located there."""
+    stage = pipeline.stages[index]
+    base = ("stages", index)
+    given = {
+        ("output",): (str(Path(pipeline.output) / stage.name), tree.locate((*base, "name"))),
+        **{parse_key(key): (value, tree.locate((*base, "set", key))) for key, value in stage.set.items()},
+        **{
+            parse_key(key): (str(Path(pipeline.output) / source / MODEL), tree.locate((*base, "init", key)))
+            for key, source in stage.init.items()
+        },
+    }
+    return load_tree(tree.path.parent / stage.recipe, given=given)
 
 
 def _check_names(pipeline: Pipeline, tree: ConfigTree) -> None:

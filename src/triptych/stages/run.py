@@ -17,6 +17,7 @@ from triptych.core.config import ConfigTree
 from triptych.core.distributed import barrier, is_main
 from triptych.core.protocols import Evaluator
 from triptych.data.mixture import Mixture
+from triptych.engine.checkpoint import Checkpoints
 from triptych.engine.monitors import build_monitors
 from triptych.engine.parallel import Runtime
 from triptych.engine.state import seed_everything
@@ -42,7 +43,10 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
     seed_everything(recipe.train.seed)
     built = build(recipe)
     if dry_run:
-        show_plan(recipe, built, Console(quiet=not is_main()))
+        show_plan(recipe, built, console)
+        step = Checkpoints(Path(recipe.output) / "checkpoints", resolved(recipe), recipe.train.keep_last).resumable()
+        if step is not None:
+            console.print(f"{recipe.output} holds a run of this recipe: it would resume at step {step}", soft_wrap=True)
         runtime.close()
         return
     output = Path(recipe.output)

@@ -1,4 +1,4 @@
-"""Using a trained model: `chat` and `export`."""
+"""Using a trained model: `chat`, and what `eval` shares with it."""
 
 from __future__ import annotations
 
@@ -6,28 +6,19 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
 
-from triptych.core.config import did_you_mean, load_tree, validate
-from triptych.core.errors import ConfigError, DataError, ModelError, Problem, TriptychError
+from triptych.core.config import did_you_mean
+from triptych.core.errors import DataError, ModelError, Problem, TriptychError
 from triptych.core.types import ImageReference, Message, Part, Text
 from triptych.data.images import decode, resolve_image
 from triptych.data.scene_questions import describe
 from triptych.data.scenes import draw, sample_scene
-from triptych.engine.checkpoint import read
-from triptych.engine.state import restore_tensors, seed_everything
 from triptych.evaluation.answers import Answering
-from triptych.export.parity import Parity, verify
-from triptych.models.generation import Prompt, prompt_inputs
 from triptych.models.load import LoadedVlm, VlmConfig, load_vlm
-from triptych.stages.pipeline import find_stage
-from triptych.stages.recipe import VlmRecipe
-from triptych.stages.saving import ADAPTERS, write_model
-from triptych.stages.table import STAGES
-from triptych.stages.vlm import build_vlm, context_length, make_answering, make_encoder, template_name
+from triptych.stages.vlm import context_length, make_answering, make_encoder, template_name
 
 MAX_CONTEXT = 8192
 """Longest conversation in tokens where the model names no limit."""
@@ -121,10 +112,13 @@ class Chat:
         Raises:
             DataError: it is not a readable picture.
         """
-        path = Path(name).expanduser().resolve()
+        try:
+            path = Path(name).expanduser().resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # no such home folder, a loop of links, a null character
+            raise DataError(Problem(f"`{name}` is not a path: {error}", remedy="/image PATH")) from error
         if name.isdigit() and not path.exists():
             scene = sample_scene("test", 0, int(name))
-            self.waiting.append(_drawn(draw(scene), f"scene {name}"))
+            self.waiting.append(drawn(draw(scene), f"scene {name}"))
             return f"scene {name} ({describe(scene)})"
         if not path.is_file():
             remedy = "the path of a picture, absolute or from here, or the number of a test scene"
@@ -140,6 +134,10 @@ class Chat:
         Raises:
             DataError: a picture cannot be read, or the conversation is too long; nothing has changed then.
         """
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:  # bytes of the terminal that are not UTF-8
+            raise DataError(Problem("the line is not UTF-8", remedy="type it again")) from error
         command, _, argument = line.partition(" ")
         if command == "/image":
             if not argument.strip():
@@ -158,89 +156,7 @@ class Chat:
         return reply
 
 
-def export_run(run: Path, output: Path | None, checkpoint: str) -> Parity:
-    """Write a checkpoint of a run as a plain Hugging Face folder and verify it in a fresh process.
-
-    Raises:
-        ConfigError: the folder is not a run of a stage that can be exported.
-        CheckpointError: the checkpoint does not fit.
-        ModelError: what plain transformers loads is not the same model; the folder is kept for inspection.
-    """
-    tree = load_tree(run / "recipe.yaml")
-    schema, _ = STAGES[find_stage(tree)]
-    recipe = validate(schema, tree)
-    if not isinstance(recipe, VlmRecipe):
-        message = "a dual encoder needs no export"
-        raise ConfigError(Problem(message, file=str(run), remedy=f"{run / 'model'} is a plain Hugging Face folder"))
-    target = output or run / "export"
-    own = {run / name for name in ("", "model", "checkpoints", ADAPTERS)}
-    if target.resolve() in {folder.resolve() for folder in own}:
-        message = "this folder belongs to the run; exporting into it would replace the run's files"
-        raise ConfigError(Problem(message, file=str(target), key="--output", remedy=f"use e.g. {run / 'export'}"))
-    # A checkpoint holds what was trained; parts that started at random and stayed frozen come from the seed again.
-    seed_everything(recipe.train.seed)
-    vlm = build_vlm(recipe)
-    folder = find_checkpoint(run / "checkpoints", checkpoint)
-    snapshot = read(folder)
-    # Not the state_dict: it leaves out buffers that a checkpoint holds.
-    targets = {**dict(vlm.scorer.named_parameters()), **dict(vlm.scorer.named_buffers())}
-    trained = {name for name, item in vlm.scorer.named_parameters() if item.requires_grad}
-    saved = {name: item for name, item in targets.items() if name in snapshot.weights or name in trained}
-    restore_tensors(saved, snapshot.weights, "weights")
-    write_model(target, vlm.loaded)
-    parity = check_parity(vlm.loaded, target)
-    Console().print(
-        f"{target}: plain transformers gives the same greedy answer; largest difference of a logit "
-        f"{parity.logit_difference:.1e} of the largest",
-        soft_wrap=True,
-    )
-    return parity
-
-
-def find_checkpoint(checkpoints: Path, name: str) -> Path:
-    """The folder of a checkpoint; `best` falls back to `last` where a run followed no metric."""
-    folder = checkpoints / name
-    if not folder.exists() and name == "best":
-        folder = checkpoints / "last"
-    if not folder.exists():
-        names = sorted(item.name for item in checkpoints.iterdir()) if checkpoints.is_dir() else []
-        remedy = did_you_mean(name, names) if names else "train first: triptych train RECIPE"
-        raise ConfigError(Problem(f"no checkpoint `{name}`", file=str(checkpoints), remedy=remedy))
-    return folder
-
-
-def check_parity(loaded: LoadedVlm, folder: Path, max_new_tokens: int = 12) -> Parity:
-    """Compare the model in memory with what plain transformers loads, on a drawn picture and a question."""
-    pixels = np.random.default_rng(0).integers(0, 255, (64, 80, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
-    question = "What is in the picture?"
-    encoder = make_encoder(loaded, template_name(loaded), MAX_CONTEXT)
-    example = encoder.encode_prompt([Message("user", (_drawn(picture, "probe"), Text(question)))])
-    model = loaded.model.float()
-    inputs = prompt_inputs(model, [Prompt(example.trunk.input_ids, (picture,))], loaded.pictures, pad=0)
-    has_processor = (folder / "processor_config.json").is_file() and loaded.source is None
-    parity = verify(
-        model,
-        folder,
-        inputs,
-        picture=torch.from_numpy(pixels) if has_processor else None,
-        prompt=question,
-        max_new_tokens=max_new_tokens,
-    )
-    theirs = parity.processor.get("input_ids")
-    if theirs is not None and theirs[0].tolist() != example.trunk.input_ids.tolist():
-        raise ModelError(
-            Problem(
-                f"the saved processor makes {theirs.shape[1]} prompt tokens, training made "
-                f"{len(example.trunk.input_ids)}, or they differ",
-                file=str(folder),
-                remedy="report the recipe that made this model",
-            )
-        )
-    return parity
-
-
-def _drawn(picture: Image.Image, name: str) -> ImageReference:
+def drawn(picture: Image.Image, name: str) -> ImageReference:
     """A picture in memory as data sets give them."""
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")

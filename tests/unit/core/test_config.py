@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, field_validator
 
-from triptych.core.config import Config, config_problem, did_you_mean, differing_keys, load_tree, validate
+from triptych.core.config import (
+    Config,
+    command_line_tree,
+    config_problem,
+    did_you_mean,
+    differing_keys,
+    load_tree,
+    validate,
+)
 from triptych.core.errors import ConfigError
 
 
@@ -198,3 +206,32 @@ def test_an_overridden_key_below_an_unknown_one_is_blamed_on_the_command_line(tm
     assert tree.locate(("lodaer",)) == ("command line", None)
     assert tree.locate(("loader",)) == (str(path), 1)
     assert tree.locate(("loader", "seed")) == ("command line", None)
+
+
+def test_values_of_another_file_keep_their_place_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("loader: {seed: 1, batch: 2}\n")
+    given = {("loader", "seed"): (5, ("pipeline.yaml", 7)), ("loader", "batch"): (6, ("pipeline.yaml", 8))}
+    tree = load_tree(path, ["loader.batch=9"], given)
+    assert tree.values == {"loader": {"seed": 5, "batch": 9}}
+    assert tree.locate(("loader", "seed")) == ("pipeline.yaml", 7)
+    assert tree.locate(("loader", "batch")) == ("command line", None)
+    assert tree.locate(("loader",)) == (str(path), 1)
+
+
+def test_a_recipe_without_a_file():
+    tree = command_line_tree({"loader": {"seed": 1}}, ["loader.batch=9", "lr=1e-3"])
+    assert tree.values == {"loader": {"seed": 1, "batch": 9}, "lr": "1e-3"}
+    assert tree.locate(("lr",))[0] == "command line"
+    with pytest.raises(ConfigError, match=r"override `x` is not `key.sub=value`"):
+        command_line_tree({}, ["x"])
+
+
+def test_a_recipe_that_is_not_utf8_is_refused_with_its_line(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"stage: tune\noutput: r\xe9\n")
+    with pytest.raises(ConfigError, match=r"latin.yaml:2: not UTF-8"):
+        load_tree(tmp_path / "latin.yaml")
+
+
+def test_many_known_names_are_not_all_listed():
+    assert did_you_mean("x", map(str, range(50)), most=3) == "known: 0, 1, 10 and 47 more"

@@ -77,9 +77,16 @@ def test_what_the_csv_module_writes_is_read_back(tmp_path: Path, table: list[tup
         (b'"x"', "row is a string"),
         (b"3", "row is `3`"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": [{"b": "q\\ud800"}]}', r"half of a surrogate pair \(`.ud800`\)"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "row cannot be used: Exceeds the limit"),
+        (b'{"a": {"b": 1, "c": 2, "b": 3}}', "the key `b` stands twice"),
     ],
 )
 def test_json_rows_that_are_no_objects(data: bytes, said: str) -> None:
     with pytest.raises(DataError, match=said) as caught:
         parse_json(data, "rows.jsonl", 9)
     assert (caught.value.problems[0].file, caught.value.problems[0].line) == ("rows.jsonl", 9)
+
+
+def test_escapes_that_are_text_are_read() -> None:
+    assert parse_json(b'{"a": "\\ud83d\\udc36 \\u00e9"}', "rows.jsonl", 1) == {"a": "\U0001f436 é"}

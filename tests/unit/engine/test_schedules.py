@@ -75,6 +75,11 @@ def test_warmup_is_steps_or_a_share_of_the_real_number_of_steps(given: object, s
         assert multiplier(config, steps - 1, 200) == pytest.approx(steps / (steps + 1))
 
 
+def test_a_section_that_names_no_kind_is_a_cosine() -> None:
+    config = schedule(warmup="10%")
+    assert isinstance(config, CosineConfig) and multiplier(config, 20, 200) == 1.0
+
+
 @pytest.mark.parametrize("given", ["3 percent", -1, 1.5, "-3%", True, None, [1]])
 def test_a_warmup_that_is_neither_is_refused(given: object) -> None:
     with pytest.raises(ValidationError, match="warmup"):

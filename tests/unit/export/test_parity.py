@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import noise, tiny_family
 from triptych.core.errors import ModelError
 from triptych.export import plain_probe
-from triptych.export.parity import verify
+from triptych.export.parity import Parity, expect, verify
 from triptych.models.generation import Prompt, prompt_inputs
 from triptych.models.load import LoadedVlm, VlmConfig, load_vlm, save_vlm
 
@@ -46,10 +46,15 @@ def probe(loaded: LoadedVlm) -> dict[str, torch.Tensor]:
     return prompt_inputs(loaded.model, [Prompt(torch.tensor(ids), (noise(40, 30),))], loaded.pictures, pad=0)
 
 
+def compare(loaded: LoadedVlm, folder: Path, max_new_tokens: int = 4) -> Parity:
+    inputs = probe(loaded)
+    return verify(expect(loaded.model, inputs, max_new_tokens), folder, inputs, max_new_tokens=max_new_tokens)
+
+
 def test_another_weight_on_disk_is_found_and_the_modes_stay(tmp_path: Path) -> None:
     loaded = saved(tmp_path)
     loaded.model.train()
-    parity = verify(loaded.model, tmp_path / "model", probe(loaded), max_new_tokens=4)
+    parity = compare(loaded, tmp_path / "model")
     assert parity.logit_difference < 1e-6 and parity.same_answer and len(parity.answer) <= 4
     assert loaded.model.training
     file = tmp_path / "model" / "model.safetensors"
@@ -58,14 +63,14 @@ def test_another_weight_on_disk_is_found_and_the_modes_stay(tmp_path: Path) -> N
     weights[head] = weights[head] * 1.01
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="plain transformers loads another model: logits differ by 1"):
-        verify(loaded.model, tmp_path / "model", probe(loaded), max_new_tokens=4)
+        compare(loaded, tmp_path / "model")
 
 
 def test_a_folder_that_does_not_load_is_an_error_with_the_reason(tmp_path: Path) -> None:
     loaded = saved(tmp_path)
     (tmp_path / "model" / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="plain transformers cannot load the folder"):
-        verify(loaded.model, tmp_path / "model", probe(loaded))
+        compare(loaded, tmp_path / "model")
 
 
 def test_a_family_without_a_processor_here_is_compared_all_the_same(tmp_path: Path) -> None:

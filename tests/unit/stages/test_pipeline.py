@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,38 @@ def test_names_and_init_are_checked_with_file_and_line(files: Files, tmp_path: P
     assert "recipe not found" in said and "nope.yaml" in said
     said = problems(write_pipeline(tmp_path, files, stages=[{"name": "a", "recipe": "again.yaml", "ini": {}}]))
     assert "unknown key `ini`" in said and "did you mean `init`" in said
+
+
+def test_keys_that_a_pipeline_sets_are_located_in_it(files: Files, tmp_path: Path) -> None:
+    stages = [
+        {"name": "towers", "recipe": "towers.yaml"},
+        {"name": "tune", "recipe": "instruct.yaml", "init": {"model.vison.from": "towers"}, "set": {"lr": -1}},
+    ]
+    said = problems(write_pipeline(tmp_path, files, stages=stages))
+    assert "pipeline.yaml:9: model.vison: unknown key `vison`" in said, said
+    assert "pipeline.yaml:11: lr: " in said, said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("kind: pipeline\noutput: x\nstages: []\n", "pipeline.yaml:3: stages: (.|\n)*at least 1"),
+        (
+            "kind: pipelin\noutput: x\nstages: []\n",
+            "pipeline.yaml:1: kind: (.|\n)*recipes is of `kind: pipeline`",
+        ),
+        (
+            "kind: pipeline\noutput: x\nstages: [{name: a, recipe: pipeline.yaml}]\n",
+            "not a file of `kind: pipeline`(.|\n)*is no stage of another",
+        ),
+        ("kind: pipeline\noutput: x\nstages: [{name: ../a, recipe: a.yaml}]\n", r"stages\[0\].name: (.|\n)*pattern"),
+    ],
+)
+def test_files_that_are_no_pipeline(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "pipeline.yaml").write_text(text)
+    for command in ("check", "train"):
+        done = triptych(command, tmp_path / "pipeline.yaml")
+        assert done.status == 1 and re.search(said, done.err), done.err
 
 
 def test_overrides_do_not_reach_into_the_recipes_of_a_pipeline(files: Files, tmp_path: Path) -> None:

@@ -28,6 +28,18 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(files: Files, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_says_what_the_real_one_would(files: Files, tmp_path: Path) -> None:
+    file = recipe(files, tmp_path)
+    assert triptych("train", file).status == 0
+    planned = triptych("train", file, "--dry-run")
+    assert planned.status == 0 and "it would resume at step 2" in planned.out.replace("\n", " ")
+    refused = triptych("train", file, "lr=0.5", "--dry-run")
+    assert refused.status == 1 and "the recipe changed: lr: 0.003 -> 0.5" in refused.err
+    for command in (("check", file), ("train", file, "--dry-run")):
+        without = triptych(*command, "train.best={metric: loss}", "evaluation=null", f"output={tmp_path / 'other'}")
+        assert without.status == 1 and "`loss` is followed, but nothing evaluates it" in without.err
+
+
 @pytest.mark.requirement("G-7")
 def test_a_run_resumes_and_a_changed_recipe_is_refused_by_its_keys(files: Files, tmp_path: Path) -> None:
     file, run = recipe(files, tmp_path), tmp_path / "run"

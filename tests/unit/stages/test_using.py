@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file, save_file
 
 from tests.commands import triptych
 from tests.recipes.tiny_recipes import Files
 from tests.unit.stages.conftest import Run
-from triptych.core.errors import ConfigError, DataError
+from triptych.core.errors import DataError
 from triptych.core.types import ImageReference, Message
 from triptych.data.images import decode
 from triptych.data.scene_questions import describe
 from triptych.data.scenes import draw, sample_scene
-from triptych.export.parity import Parity
-from triptych.stages import using
-from triptych.stages.using import Chat, answering_of, find_checkpoint, inference_device, load_for_use
+from triptych.stages.using import Chat, answering_of, inference_device, load_for_use
 
 
 @dataclass
@@ -49,7 +43,9 @@ def test_a_conversation_keeps_turns_and_pictures_and_survives_mistakes(files: Fi
     assert "goes with your next question" in chat.say(f"/image {dog}")
     assert chat.say("who?") == "2 turns, 1 pictures: who?"
     chat.add_image(str(cat))
-    for mistake in ("/image", "/image nope.png", f"/image {files.data / 'train.json'}", "x" * 60, "/rest"):
+    mistakes = ["/image", "/image nope.png", f"/image {files.data / 'train.json'}", "x" * 60, "/rest"]
+    mistakes += ["/image ~nobody-here/a.png", "/image a\0b", "who \udcff?"]
+    for mistake in mistakes:
         with pytest.raises(DataError):
             chat.say(mistake)
     assert chat.say("and here?") == "4 turns, 2 pictures: and here?"
@@ -94,54 +90,6 @@ def test_chat_in_the_terminal(lora_run: Run, files: Files) -> None:
     assert triptych(*arguments, typed="What?").out.count("model: ") == 1  # ends with the input
 
 
-def test_export_merges_and_plain_transformers_agrees(lora_run: Run, tmp_path: Path) -> None:
-    done = triptych("export", lora_run.output, "--output", tmp_path / "export")
-    assert done.status == 0, done.err
-    assert "plain transformers gives the same greedy answer" in done.out
-    assert {"chat_template.jinja", "processor_config.json", "tokenizer.json"} <= {
-        item.name for item in (tmp_path / "export").iterdir()
-    }
-    exported = load_file(tmp_path / "export" / "model.safetensors")
-    finished = load_file(lora_run.output / "model" / "model.safetensors")
-    assert exported.keys() == finished.keys()
-    # The finished model is the best checkpoint too.
-    assert all(torch.allclose(exported[name], item, atol=1e-6) for name, item in finished.items())
-
-
-def test_another_checkpoint_gives_another_model(lora_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Verified in a fresh process above, which takes seconds.
-    monkeypatch.setattr(using, "check_parity", lambda loaded, folder: Parity(0.0, True, [], {}))
-    done = triptych("export", lora_run.output, "--checkpoint", "step-00000002", "--output", tmp_path / "export")
-    assert done.status == 0, done.err
-    exported = load_file(tmp_path / "export" / "model.safetensors")
-    checkpoint = load_file(lora_run.output / "checkpoints" / "step-00000002" / "weights.safetensors")
-    name = "model.multi_modal_projector.linear_1.weight"
-    (projector,) = [item for key, item in exported.items() if key.endswith("multi_modal_projector.linear_1.weight")]
-    assert torch.equal(projector, checkpoint[f"hf.{name}"])
-
-
-def test_best_falls_back_to_last_and_names_are_corrected(tmp_path: Path) -> None:
-    for name in ("step-00000004", "last"):
-        (tmp_path / name).mkdir()
-    assert find_checkpoint(tmp_path, "best") == tmp_path / "last"
-    with pytest.raises(ConfigError, match=r"no checkpoint `step-0000004`(?s:.*)did you mean `step-00000004`"):
-        find_checkpoint(tmp_path, "step-0000004")
-    with pytest.raises(ConfigError, match=r"no checkpoint `best`(?s:.*)train first"):
-        find_checkpoint(tmp_path / "nowhere", "best")
-
-
-def test_a_checkpoint_of_other_weights_is_refused(lora_run: Run, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(lora_run.output, run, symlinks=True)
-    file = run / "checkpoints" / "step-00000003" / "weights.safetensors"
-    weights: dict[str, Any] = load_file(file)
-    weights["hf.other"] = weights.pop(next(iter(weights)))
-    save_file(weights, file)
-    refused = triptych("export", run, "--checkpoint", "step-00000003")
-    assert refused.status == 1 and "Traceback" not in refused.err
-    assert "error:" in refused.err
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -183,20 +131,3 @@ def test_a_gpu_is_used_in_bfloat16_where_it_can(monkeypatch: pytest.MonkeyPatch)
     for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
         assert inference_device() == (torch.device("cuda"), dtype)
-
-
-@pytest.mark.parametrize("inner", ["", "model", "checkpoints", "adapters"])
-def test_an_export_replaces_nothing_of_the_run(inner: str, lora_run: Run) -> None:
-    refused = triptych("export", lora_run.output, "--output", lora_run.output / inner)
-    assert refused.status == 1 and "this folder belongs to the run" in refused.err
-    assert f"use e.g. {lora_run.output / 'export'}" in refused.err
-
-
-def test_an_export_needs_everything_that_was_trained(lora_run: Run, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(lora_run.output, run, symlinks=True)
-    tree = yaml.safe_load((run / "recipe.yaml").read_text())
-    tree["tuning"][-1] = {"match": "language", "method": "full"}  # the checkpoint holds no weights of it
-    (run / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    refused = triptych("export", run, "--checkpoint", "last")
-    assert refused.status == 1 and "not in the checkpoint" in refused.err and not (run / "export").exists()

@@ -131,8 +131,12 @@ class Dataset:
             row = self._source.row(row_index)
             origin = replace(place, id=_identify(row, place, row_index))
             task = next((row[key] for key in ("task", "channel") if _is_tag(row.get(key))), self.config.task)
-            sample = self._read(row, self.config, RowContext(self._root, origin, task))[part]
-            return _weigh(sample, row)
+            samples = self._read(row, self.config, RowContext(self._root, origin, task))
+            if self._row_of is None and len(samples) > 1:
+                message = f"the row holds {len(samples)} captions, the first rows of the file hold one each"
+                remedy = "give one of the first eight rows a list too, then every row's captions are counted"
+                raise DataError(Problem(message, remedy=remedy))
+            return _weigh(samples[part], row)
         except DataError as error:
             raise located(error, place) from error
 

@@ -67,7 +67,10 @@ def read_caption_row(row: Row, config: CaptionsConfig, context: RowContext) -> S
 
 
 def count_captions(source: RowSource, config: CaptionsConfig) -> Sequence[int] | None:
-    """Captions of each row, or None where rows hold one each; the first readable row tells which."""
+    """Captions of each row, or None where rows hold one each; the first rows tell which.
+
+    A list that comes only later is an error of its row: see `Dataset.sample`.
+    """
     if not any(isinstance(captions, list) for captions in _captions_of(source, config, range(min(8, len(source))))):
         return None
     # A row that cannot be read still counts one sample, so that it is reported.

@@ -13,7 +13,14 @@ from triptych.core.errors import DataError, Problem
 from triptych.core.types import Sample
 from triptych.data.formats.base import DatasetBase, RowContext
 from triptych.data.formats.parts import row_pictures
-from triptych.data.formats.turns import check_conversation, read_turns, refuse_unsupported, system_turn, to_messages
+from triptych.data.formats.turns import (
+    check_conversation,
+    read_turns,
+    refuse_comparisons,
+    refuse_unsupported,
+    system_turn,
+    to_messages,
+)
 from triptych.data.sources import Row
 
 
@@ -31,10 +38,11 @@ def read_llava_row(row: Row, config: LlavaConfig, context: RowContext) -> Sequen
         DataError: no conversation, wrong roles or order, empty turns, placeholders that do not match the pictures.
     """
     refuse_unsupported(row)
+    refuse_comparisons(row)
     if row.get("conversations") is None:
         remedy = "use `format: messages`" if row.get("messages") else 'add "conversations": [{"from", "value"}, ...]'
         raise DataError(Problem("the row has no `conversations`", key="conversations", remedy=remedy))
-    turns = system_turn(row.get("system_prompt") or row.get("system"), context)
+    turns = system_turn(row, context)
     turns += read_turns(row["conversations"], context, key="conversations")
     messages = to_messages(turns, row_pictures(row, context))
     check_conversation(messages)

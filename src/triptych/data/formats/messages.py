@@ -13,6 +13,7 @@ from triptych.data.formats.turns import (
     Turn,
     check_conversation,
     read_turns,
+    refuse_comparisons,
     refuse_unsupported,
     system_turn,
     text_turn,
@@ -37,6 +38,7 @@ def read_messages_row(row: Row, config: MessagesConfig, context: RowContext) -> 
         DataError: no messages, wrong roles or order, empty turns, placeholders that do not match the pictures.
     """
     refuse_unsupported(row)
+    refuse_comparisons(row)
     messages = to_messages(conversation_turns(row, context), row_pictures(row, context))
     check_conversation(messages)
     return [Sample(messages, context.origin, task=context.task)]
@@ -49,7 +51,7 @@ def conversation_turns(row: Row, context: RowContext) -> list[Turn]:
         DataError: the row has none of the known fields, or a turn cannot be read.
     """
     key = next((name for name in _LISTS if row.get(name)), None)
-    turns = system_turn(row.get("system"), context)
+    turns = system_turn(row, context)
     if key is not None:
         return turns + _read_list(row[key], context, key)
     if row.get("query") is not None:
@@ -62,10 +64,10 @@ def conversation_turns(row: Row, context: RowContext) -> list[Turn]:
 def _read_list(entries: Any, context: RowContext, key: str) -> list[Turn]:
     is_paired = key == "conversation" and isinstance(entries, list) and all(_is_round(entry) for entry in entries)
     if not is_paired:
-        return read_turns(entries, context, key=key, inline_paths=True)
+        return read_turns(entries, context, key=key)
     turns = []
     for entry in entries:
-        turns.append(text_turn("user", entry["human"], context, key="human", inline_paths=True))
+        turns.append(text_turn("user", entry["human"], context, key="human"))
         turns.append(text_turn("assistant", entry["assistant"], context, key="assistant"))
     return turns
 
@@ -81,8 +83,8 @@ def _read_query(row: Row, context: RowContext) -> list[Turn]:
         if not isinstance(past, list) or len(past) != 2:
             message = "`history` is not a list of [query, response] pairs"
             raise DataError(Problem(message, key="history", remedy='write "history": [["question", "answer"], ...]'))
-        turns.append(text_turn("user", past[0], context, key="history", inline_paths=True))
+        turns.append(text_turn("user", past[0], context, key="history"))
         turns.append(text_turn("assistant", past[1], context, key="history"))
-    turns.append(text_turn("user", row["query"], context, key="query", inline_paths=True))
+    turns.append(text_turn("user", row["query"], context, key="query"))
     turns.append(text_turn("assistant", row.get("response"), context, key="response"))
     return turns

@@ -37,20 +37,14 @@ _TEXT_KEYS = ("text", "value", "content")
 _PICTURE_KEYS = ("image_url", "image", "path", "url", "value", "content", "base64")
 
 
-def read_text(text: str, context: RowContext, *, inline_paths: bool = False) -> list[Piece]:
-    """Cut text at its placeholders.
-
-    Args:
-        text: the text of a turn.
-        context: of the row.
-        inline_paths: also take `<img>path</img>` (ms-swift, Qwen-VL) as a picture.
+def read_text(text: str, context: RowContext) -> list[Piece]:
+    """Cut text at its placeholders; `<img>path</img>` (ms-swift, Qwen-VL) is a picture.
 
     Raises:
         DataError: an inline picture cannot be located, or a picture number is 0.
     """
     pieces: list[Piece] = []
-    chunks = _INLINE_PATH.split(text) if inline_paths else [text]
-    for index, chunk in enumerate(chunks):
+    for index, chunk in enumerate(_INLINE_PATH.split(text)):
         if index % 2:
             pieces.append(context.picture(chunk))
         else:
@@ -58,7 +52,7 @@ def read_text(text: str, context: RowContext, *, inline_paths: bool = False) -> 
     return pieces
 
 
-def read_content(content: Any, context: RowContext, *, inline_paths: bool = False) -> list[Piece]:
+def read_content(content: Any, context: RowContext) -> list[Piece]:
     """Read message content: a string, or a list of parts.
 
     A text part holds its text under `text`, `value` or `content`; a picture part (`image` or `image_url`) its picture
@@ -69,7 +63,7 @@ def read_content(content: Any, context: RowContext, *, inline_paths: bool = Fals
         DataError: a part is of an unknown type, lacks its text, or names a picture that cannot be located.
     """
     if isinstance(content, str):
-        return read_text(content, context, inline_paths=inline_paths)
+        return read_text(content, context)
     if isinstance(content, dict):
         content = [content]
     if not isinstance(content, list):
@@ -144,7 +138,7 @@ def _cut(text: str) -> list[Piece]:
 
 def _read_part(part: Any, context: RowContext) -> list[Piece]:
     if isinstance(part, str):
-        return _cut(part)
+        return read_text(part, context)
     if not isinstance(part, dict):
         message = f"a content part is {_kind(part)}, not an object"
         raise DataError(Problem(message, remedy='write {"type": "text", "text": "..."}'))
@@ -157,7 +151,7 @@ def _read_part(part: Any, context: RowContext) -> list[Piece]:
         pieces: list[Piece] = []
         for index, chunk in enumerate(text.split(_CONTENT_MARKER)):
             pieces.extend([Slot(_CONTENT_MARKER)] if index else [])
-            pieces.extend(_cut(chunk))
+            pieces.extend(read_text(chunk, context))
         return pieces
     if kind in ("image", "image_url"):
         value = next((part[key] for key in _PICTURE_KEYS if part.get(key) is not None), None)

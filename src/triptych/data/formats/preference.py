@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from triptych.core.errors import DataError, Problem
-from triptych.core.types import Message, Pair, Preference, Sample
+from triptych.core.types import Message, Pair, Preference, Sample, Text
 from triptych.data.formats.base import DatasetBase, RowContext
 from triptych.data.formats.messages import conversation_turns
 from triptych.data.formats.parts import row_pictures
@@ -85,14 +85,19 @@ def _select_layout(row: Row) -> Callable[[Row, RowContext], _Comparison]:
 def _read_prompted(row: Row, context: RowContext) -> _Comparison:
     """`prompt`, `chosen`, `rejected`, each text or turns (TRL, 2U1, oumi)."""
     chosen, rejected = _read_answer(row, "chosen", context), _read_answer(row, "rejected", context)
-    if chosen[0].role != "assistant":  # whole conversations beside a prompt that repeats their first turn
-        return _split_prompt(chosen, rejected)
     prompt = row["prompt"]
     if isinstance(prompt, str):
         turns = [text_turn("user", prompt, context, key="prompt")]
     else:
         turns = read_turns(prompt, context, key="prompt")
-    return _Comparison(system_turn(row.get("system"), context) + turns, chosen, [rejected], has_placeholders=False)
+    system = system_turn(row, context)
+    if chosen[0].role != "assistant":  # whole conversations beside a prompt that repeats their beginning
+        split = _split_prompt(chosen, rejected)
+        if [_words(turn) for turn in split.prompt if turn.role == "user"][-1:] != [_words(turns[-1])]:
+            message = "`prompt` is not what `chosen` and `rejected` begin with"
+            raise DataError(Problem(message, key="prompt", remedy="repeat it there, or give answers alone"))
+        return replace(split, prompt=system + split.prompt)
+    return _Comparison(system + turns, chosen, [rejected], has_placeholders=False)
 
 
 def _read_question(row: Row, context: RowContext) -> _Comparison:
@@ -120,9 +125,9 @@ def _read_two_conversations(chosen_key: str, rejected_key: str) -> Callable[[Row
     """Two whole conversations that share their beginning (ms-swift, LLaMA-Factory v1, TRL without a prompt)."""
 
     def read(row: Row, context: RowContext) -> _Comparison:
-        system = system_turn(row.get("system"), context)
-        chosen = read_turns(row[chosen_key], context, key=chosen_key, inline_paths=True)
-        rejected = read_turns(row[rejected_key], context, key=rejected_key, inline_paths=True)
+        system = system_turn(row, context)
+        chosen = read_turns(row[chosen_key], context, key=chosen_key)
+        rejected = read_turns(row[rejected_key], context, key=rejected_key)
         return _split_prompt(system + chosen, system + rejected)
 
     return read
@@ -155,6 +160,10 @@ def _split_prompt(chosen: list[Turn], rejected: list[Turn]) -> _Comparison:
     # Equal answers leave nothing behind the shared part; keep the last turn, so that the message says so.
     shared = min(shared, len(chosen) - 1, len(rejected) - 1)
     return _Comparison(chosen[:shared], chosen[shared:], [rejected[shared:]])
+
+
+def _words(turn: Turn) -> str:
+    return " ".join("".join(piece.text for piece in turn.pieces if isinstance(piece, Text)).split())
 
 
 def _finish(turns: list[Turn], what: str) -> tuple[Message, ...]:

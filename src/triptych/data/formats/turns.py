@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,18 +23,26 @@ ROLES: dict[str, Role] = {
 
 _WEIGHT_KEYS = ("loss", "loss_weight", "loss_scale", "weight")
 # Keys that would change what the model sees: a row that has them must not be trained on as if it had not.
+_DROP = "drop it"
 _UNSUPPORTED = {
-    "video": "videos",
-    "videos": "videos",
-    "audio": "sound",
-    "audios": "sound",
-    "tools": "tool descriptions",
-    "objects": "boxes of ms-swift",
+    "video": ("videos", _DROP),
+    "videos": ("videos", _DROP),
+    "audio": ("sound", _DROP),
+    "audios": ("sound", _DROP),
+    "tools": ("tool descriptions", _DROP),
+    "objects": ("boxes of ms-swift", _DROP),
 }
+"""Key -> (what it holds, remedy)."""
+_COMPARED = "use `format: preference` in a recipe of stage preference, or drop it"
+_COMPARISONS = ("chosen", "rejected", "rejected_response", "chosen_messages", "rejected_messages")
+_UNSUPPORTED_IN_CONVERSATION = dict.fromkeys(_COMPARISONS, ("an answer to compare with", _COMPARED))
+_OWN_PICTURES = "move its pictures to the row's `images`, or write them as parts of the content"
 _UNSUPPORTED_IN_TURN = {
-    "tool_calls": "calls of tools",
-    "function_call": "calls of tools",
-    "reasoning_content": "reasoning apart from the answer",
+    "tool_calls": ("calls of tools", _DROP),
+    "function_call": ("calls of tools", _DROP),
+    "reasoning_content": ("reasoning apart from the answer", _DROP),
+    "images": ("pictures of its own", _OWN_PICTURES),
+    "image": ("a picture of its own", _OWN_PICTURES),
 }
 
 
@@ -48,25 +56,31 @@ class Turn:
 
 
 def refuse_unsupported(row: dict[str, Any]) -> None:
-    """Raise DataError where a row holds what this format would silently leave out."""
+    """Raise DataError where a row holds what no format can use and would silently leave out."""
     _refuse(row, _UNSUPPORTED, "the row")
 
 
-def _refuse(record: dict[str, Any], unsupported: dict[str, str], name: str) -> None:
-    for key, what in unsupported.items():
+def refuse_comparisons(row: dict[str, Any]) -> None:
+    """Raise DataError where a row of one answer says that the answer is bad, or holds another one to compare with."""
+    _refuse(row, _UNSUPPORTED_IN_CONVERSATION, "the row")
+    if isinstance(row.get("label"), bool):
+        message = f"the row says whether its answer is wanted (`label: {str(row['label']).lower()}`), not supported"
+        raise DataError(Problem(message, key="label", remedy="drop unwanted answers, then drop `label`"))
+
+
+def _refuse(record: dict[str, Any], unsupported: Mapping[str, tuple[str, str]], name: str) -> None:
+    for key, (what, remedy) in unsupported.items():
         if record.get(key):
-            message = f"{name} has {what} (`{key}`), not supported"
-            raise DataError(Problem(message, key=key, remedy="drop it"))
+            raise DataError(Problem(f"{name} has {what} (`{key}`), not supported", key=key, remedy=remedy))
 
 
-def read_turns(entries: Any, context: RowContext, *, key: str, inline_paths: bool = False) -> list[Turn]:
+def read_turns(entries: Any, context: RowContext, *, key: str) -> list[Turn]:
     """Read a list of `{"role", "content"}` or `{"from", "value"}` objects.
 
     Args:
         entries: the list (one object counts as a list of one).
         context: of the row.
         key: field that held it, for messages.
-        inline_paths: as in `read_text`.
 
     Raises:
         DataError: not a list of objects, an unknown role, or content that cannot be read.
@@ -80,20 +94,28 @@ def read_turns(entries: Any, context: RowContext, *, key: str, inline_paths: boo
         if not isinstance(entry, dict):
             message = f"turn {number} is not an object"
             raise DataError(Problem(message, key=key, remedy='write {"role": "user", "content": "..."}'))
-        turns.extend(_read_entry(entry, number, context, key, inline_paths))
+        turns.extend(_read_entry(entry, number, context, key))
     return turns
 
 
-def system_turn(text: Any, context: RowContext) -> list[Turn]:
-    """A system turn from a row-level `system` field; none where it is missing or empty."""
-    if not text:
-        return []
-    if not isinstance(text, str):
-        raise DataError(Problem("`system` is not text", key="system", remedy="write one string"))
-    return [Turn("system", tuple(read_content(text, context)))]
+def system_turn(row: dict[str, Any], context: RowContext) -> list[Turn]:
+    """A system turn from a row's `system` or `system_prompt`; none where both are missing or empty.
+
+    Raises:
+        DataError: it is not text, or the two differ.
+    """
+    given = {key: row[key] for key in ("system", "system_prompt") if row.get(key)}
+    if len(set(map(str, given.values()))) > 1:
+        message = "`system` and `system_prompt` differ"
+        raise DataError(Problem(message, key="system_prompt", remedy="keep one of them"))
+    for key, text in given.items():
+        if not isinstance(text, str):
+            raise DataError(Problem(f"`{key}` is not text", key=key, remedy="write one string"))
+        return [Turn("system", tuple(read_content(text, context)))]
+    return []
 
 
-def text_turn(role: Role, text: Any, context: RowContext, *, key: str, inline_paths: bool = False) -> Turn:
+def text_turn(role: Role, text: Any, context: RowContext, *, key: str) -> Turn:
     """A turn from a plain string field.
 
     Raises:
@@ -102,7 +124,7 @@ def text_turn(role: Role, text: Any, context: RowContext, *, key: str, inline_pa
     if not isinstance(text, str):
         problem = "is missing" if text is None else "is not text"
         raise DataError(Problem(f"`{key}` {problem}", key=key, remedy=f'write "{key}": "..."'))
-    return Turn(role, tuple(read_content(text, context, inline_paths=inline_paths)))
+    return Turn(role, tuple(read_content(text, context)))
 
 
 def to_messages(
@@ -161,7 +183,7 @@ def _check_turn(message: Message, name: str) -> None:
         raise DataError(Problem(f"{name} from `{message.role}` is empty", remedy="write it or drop it"))
 
 
-def _read_entry(entry: dict[str, Any], number: int, context: RowContext, key: str, inline_paths: bool) -> list[Turn]:
+def _read_entry(entry: dict[str, Any], number: int, context: RowContext, key: str) -> list[Turn]:
     name = entry.get("role") if entry.get("role") is not None else entry.get("from")
     content = entry.get("content") if entry.get("content") is not None else entry.get("value")
     if name is None:
@@ -181,7 +203,7 @@ def _read_entry(entry: dict[str, Any], number: int, context: RowContext, key: st
     if role != "assistant" and weight not in (None, 0.0):
         message = f"turn {number} from `{name}` asks for loss weight {weight}, but only answers are supervised"
         raise DataError(Problem(message, key=key, remedy="remove the weight, or set it to 0"))
-    pieces = read_content(content, context, inline_paths=inline_paths)
+    pieces = read_content(content, context)
     return [Turn(role, tuple(pieces), 1.0 if weight is None or role != "assistant" else weight)]
 
 

@@ -91,7 +91,8 @@ class ConsoleMonitor:
             self._bar.stop()
             self._bar = None
         state = f"stopped by {type(error).__name__}" if error else "finished"
-        self._say(f"{state} at step {progress.step}, loss {self.running_loss:.4f}")
+        loss = f", loss {self.running_loss:.4f}" if self._recent else ""
+        self._say(f"{state} at step {progress.step}{loss}")
 
     def state_dict(self) -> dict[str, Any]:
         """The recent steps and the counts."""

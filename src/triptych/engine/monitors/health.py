@@ -108,6 +108,8 @@ class HealthMonitor:
         self._sum, self._count, self._previous = state["plateau"]
 
     def _check_gradients(self, record: StepRecord) -> None:
+        if not record.samples:
+            return  # every row of the window was left out, which the progress line counts
         norms = record.component_gradient_norms or {"all": record.gradient_norm}
         for name, norm in norms.items():
             if norm > self._config.exploding:

@@ -68,6 +68,16 @@ def test_each_of_several_captions_is_a_sample(tmp_path: Path) -> None:
     assert [sample.origin.line for sample in samples] == [1, 1, 2]
 
 
+def test_a_list_that_comes_late_is_an_error_not_its_first_caption(tmp_path: Path) -> None:
+    picture(tmp_path, "1.jpg")
+    rows = [{"image": "1.jpg", "caption": f"c{number}"} for number in range(8)]
+    late = open_rows(tmp_path, "captions", *rows, {"image": "1.jpg", "caption": ["x", "y"]})
+    assert late.sample(7).messages[-1].text == "c7"
+    with pytest.raises(DataError, match="the row holds 2 captions, the first rows of the file hold one each"):
+        late.sample(8)
+    assert len(open_rows(tmp_path, "captions", *rows[1:], {"image": "1.jpg", "caption": ["x", "y"]})) == 9
+
+
 def test_prompts_stand_behind_the_picture_and_do_not_change_between_reads(tmp_path: Path) -> None:
     picture(tmp_path, "1.jpg")
     rows = [{"image": "1.jpg", "caption": str(number)} for number in range(20)]

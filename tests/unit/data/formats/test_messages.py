@@ -163,6 +163,8 @@ def test_a_picture_part_stays_where_it_is_when_the_text_mentions_a_placeholder(t
         ({"content": None, "tool_calls": [{"name": "f"}]}, "turn 2 has calls of tools"),
         ({"content": "A", "tool_calls": [{"name": "f"}]}, "turn 2 has calls of tools"),
         ({"content": "A", "reasoning_content": "B"}, "turn 2 has reasoning apart from the answer"),
+        ({"content": "A", "images": ["1.jpg"]}, r"turn 2 has pictures of its own(.|\n)*move its pictures"),
+        ({"content": "a <img>1.jpg</img> b"}, "turn 2 of the row is an answer with a picture in it"),
         ({"content": "a <video> b"}, "placeholder `<video>`"),
         ({"content": [{"type": "text", "text": "<audio>"}]}, "placeholder `<audio>`"),
     ],
@@ -170,6 +172,44 @@ def test_a_picture_part_stays_where_it_is_when_the_text_mentions_a_placeholder(t
 def test_what_cannot_be_learned_is_refused(tmp_path: Path, turn: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         read(tmp_path, "messages", {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", **turn}]})
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"label": False}, r"whether its answer is wanted \(`label: false`\)"),
+        ({"label": True}, "whether its answer is wanted"),
+        ({"rejected_response": "B"}, r"an answer to compare with \(`rejected_response`\)(.|\n)*format: preference"),
+        ({"system": "S", "system_prompt": "T"}, "`system` and `system_prompt` differ"),
+    ],
+)
+def test_keys_that_would_change_the_training_are_not_ignored(tmp_path: Path, keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        read(tmp_path, "messages", _chat("Q", **keys))
+
+
+@pytest.mark.parametrize("format", ["messages", "llava"])
+def test_a_system_prompt_beside_the_turns_is_read_in_every_format(tmp_path: Path, format: str) -> None:
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    for keys in ({"system": "S"}, {"system_prompt": "S"}, {"system": "S", "system_prompt": "S"}):
+        sample = read(tmp_path, format, {"conversations": turns, "label": 3, **keys})
+        assert shape(sample.messages)[0] == ("system", ["S"])
+
+
+@pytest.mark.parametrize(
+    "content", ["<img>1.jpg</img>Q", [{"type": "text", "text": "<img>1.jpg</img>Q"}], ["<img>1.jpg</img>Q"]]
+)
+def test_a_path_in_the_text_is_a_picture_in_every_format(tmp_path: Path, content: Any) -> None:
+    picture(tmp_path, "1.jpg")
+    answer = {"role": "assistant", "content": "A"}
+    question = {"role": "user", "content": content}
+    rows = {
+        "messages": {"messages": [question, answer]},
+        "llava": {"conversations": [question, answer]},
+        "preference": {"prompt": [question], "chosen": [answer], "rejected": [{**answer, "content": "B"}]},
+    }
+    for format, row in rows.items():
+        assert shape(read(tmp_path, format, row).messages)[0] == ("user", ["[1.jpg]", "Q"])
 
 
 def test_xtuner_pretrain_role_is_a_caption_pair(tmp_path: Path) -> None:

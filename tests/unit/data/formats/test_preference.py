@@ -123,6 +123,10 @@ _PAIR = {"prompt": "Q", "chosen": "good", "rejected": "bad"}
         ({**_PAIR, "rejected_images": ["1.jpg"]}, "different prompts"),
         ({"prompt": _Q + _GOOD, "chosen": "a", "rejected": "b", "image": "1.jpg"}, "prompt ends with a turn"),
         ({"prompt": "Q", "chosen": "good"}, "not a preference pair"),
+        (
+            {"prompt": "Another", "chosen": _Q + _GOOD, "rejected": _Q + _BAD, "image": "1.jpg"},
+            "`prompt` is not what `chosen` and `rejected` begin with",
+        ),
         ({"prompt": "Q", "completion": "good", "label": True}, "not a preference pair"),
         ({"text": "plain"}, "`text` is not a JSON object"),
         (

@@ -77,6 +77,13 @@ def test_on_a_terminal_a_bar_shows_the_same_numbers() -> None:
     assert "stopped by ValueError at step 11" in text
 
 
+def test_a_run_that_stops_before_its_first_step_has_no_loss() -> None:
+    monitor, stream = build()
+    monitor.on_start(Progress(0, 10))
+    monitor.on_end(Progress(0, 10), ValueError("x"))
+    assert "stopped by ValueError at step 0\n" in stream.getvalue()
+
+
 def test_an_endless_run_has_no_end_time() -> None:
     monitor, stream = build()
     monitor.on_step(record(1, total=None))

@@ -45,6 +45,12 @@ def test_exploding_and_vanishing_gradients_are_told_by_component(caplog: pytest.
     ]
 
 
+def test_a_window_whose_rows_were_all_left_out_is_no_vanishing_gradient() -> None:
+    monitor = build()
+    monitor.on_step(record(1, component_gradient_norms={"language": 0.0}, samples=0, skipped_rows=8))
+    assert monitor.counts == {}
+
+
 def test_a_loss_spike_is_measured_against_the_running_mean(caplog: pytest.LogCaptureFixture) -> None:
     monitor = build(spike=3.0, warmup=5)
     for step in range(1, 6):
