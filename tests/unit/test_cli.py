@@ -130,8 +130,3 @@ def test_an_override_of_an_unknown_section_is_blamed_on_the_command_line(tmp_pat
     file = write(tmp_path / "recipe.yaml", {"stage": "tune", "output": "x"})
     done = triptych("train", file, "lodaer.seed=3")
     assert "command line: lodaer: unknown key `lodaer`" in done.err and "did you mean `loader`?" in done.err
-
-
-def test_the_package_runs_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "triptych", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == __version__

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -124,7 +123,7 @@ class TuningPlan:
             )
         return Group(table, Text(str(self.count)))
 
-    def summary(self) -> list[dict[str, Any]]:
+    def summary(self) -> list[dict[str, object]]:
         """The rows of `table` as plain values."""
         return [
             {

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
+from tests.invariants.toys import relative_distance
 from tests.tiny import tiny_clip, tiny_siglip, tiny_tokenizer
 from triptych.core.errors import ModelError
 from triptych.core.types import Batch, ImageReference, Origin
@@ -348,3 +349,38 @@ def test_minilm_as_text_encoder(parts: Path) -> None:
     ids = loaded.tokenizer("a cat", return_tensors="pt")
     embeddings = scorer(loaded).embed_texts(ids["input_ids"], ids["attention_mask"])
     assert embeddings.shape == (1, 16)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "composed"])
+def test_equal_captions_are_embedded_once_with_the_same_gradients(parts: Path, kind: str) -> None:
+    loaded = load(parts, kind)
+    loaded.model.double()
+    wrapped = scorer(loaded).eval()
+    seen: list[int] = []
+    loaded.model.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    captions = [CAPTIONS[index] for index in (1, 0, 1, 2, 0, 1)]
+    plain = batch(loaded, captions, [(index % 3,) for index in range(6)])
+    found = []
+    for one in (plain, replace(plain, text_keys=torch.tensor([9, 2, 9, 5, 2, 9]))):
+        loaded.model.zero_grad()
+        pixels = {"pixel_values": one.pixels["pixel_values"].double()}
+        scores = wrapped(replace(one, pixels=pixels))
+        weights = torch.arange(scores.text_embeddings.numel()).view_as(scores.text_embeddings).double()
+        (scores.text_embeddings * weights).sum().backward()
+        gradients = {name: item.grad for name, item in loaded.model.named_parameters() if item.grad is not None}
+        found.append((scores.text_embeddings, gradients))
+    assert seen == [6, 3]
+    assert (found[0][0] - found[1][0]).abs().max() < 1e-12
+    assert found[0][1].keys() == found[1][1].keys()
+    assert relative_distance(found[0][1], found[1][1]) < 1e-12
+
+
+def test_captions_that_are_trained_with_dropout_each_have_their_own_mask(parts: Path) -> None:
+    loaded = load(parts, "composed")
+    wrapped = scorer(loaded)
+    wrapped.train()
+    one = replace(batch(loaded, ["a cat", "a cat"], [(0,), (1,)]), text_keys=torch.tensor([4, 4]))
+    texts = wrapped(one).text_embeddings
+    assert not torch.equal(texts[0], texts[1])

@@ -111,7 +111,7 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"hidden_size": 8}, "needs a `model_type`"),
-        ({"model_type": "siglip_vision_modell"}, "is not valid"),
+        ({"model_type": "siglip_vision_modell"}, r"did you mean `siglip_vision_model`"),
         ({**TINY_VISION, "hidden_size": "wide"}, "is not valid"),
         ({**TINY_VISION, "model_type": "vit"}, "no image processor is known"),
     ],

@@ -170,6 +170,7 @@ def test_a_picture_part_stays_where_it_is_when_the_text_mentions_a_placeholder(t
     ],
 )
 def test_what_cannot_be_learned_is_refused(tmp_path: Path, turn: dict[str, Any], said: str) -> None:
+    picture(tmp_path, "1.jpg")
     with pytest.raises(DataError, match=said):
         read(tmp_path, "messages", {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", **turn}]})
 
