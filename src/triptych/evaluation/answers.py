@@ -85,23 +85,39 @@ class Answering:
         )
         return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in replies]
 
-    def run(self, samples: Iterable[Sample], metrics: Mapping[str, MetricName] | None = None) -> Iterator[Answer]:
+    def run(
+        self,
+        samples: Iterable[Sample],
+        metrics: Mapping[str, MetricName] | None = None,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> list[Answer]:
         """Answer every assistant turn of every sample, the true earlier turns being given.
+
+        Questions of like length are answered together: they need little padding, and are often of one task, so that no
+        short answer waits for a caption.
 
         Args:
             samples: with their true answers.
             metrics: task -> metric; `exact` for tasks it does not name.
+            advance: called with the number of questions answered, batch by batch.
+
+        Returns:
+            The answers in the order of the questions.
         """
-        waiting: list[tuple[Sample, int]] = []
-        for sample in samples:
-            for index, message in enumerate(sample.messages):
-                if message.role == "assistant":
-                    waiting.append((sample, index))
-                    if len(waiting) == self.batch_size:
-                        yield from self._answer_all(waiting, metrics or {})
-                        waiting = []
-        if waiting:
-            yield from self._answer_all(waiting, metrics or {})
+        turns = [
+            (sample, index)
+            for sample in samples
+            for index, message in enumerate(sample.messages)
+            if message.role == "assistant"
+        ]
+        by_length = sorted(range(len(turns)), key=lambda number: _length(*turns[number]))
+        answers: dict[int, Answer] = {}
+        for start in range(0, len(turns), self.batch_size):
+            chosen = by_length[start : start + self.batch_size]
+            found = self._answer_all([turns[number] for number in chosen], metrics or {})
+            answers.update(zip(chosen, found, strict=True))
+            advance(len(chosen))
+        return [answers[number] for number in range(len(turns))]
 
     def _answer_all(self, turns: Sequence[tuple[Sample, int]], metrics: Mapping[str, MetricName]) -> Iterator[Answer]:
         replies = self.answer(
@@ -113,6 +129,12 @@ class Answering:
             metric = metrics.get(sample.task, "exact")
             pictures = tuple(image.name for message in sample.messages[:index] for image in message.images)
             yield Answer(str(sample.origin), sample.task, question, truth, reply, metric, pictures)
+
+
+def _length(sample: Sample, index: int) -> tuple[int, int]:
+    """Pictures and characters that stand before an answer."""
+    before = sample.messages[:index]
+    return sum(len(message.images) for message in before), sum(len(message.text) for message in before)
 
 
 def accuracy_by_task(answers: Sequence[Answer]) -> Mapping[str, tuple[float, int]]:
@@ -137,5 +159,5 @@ class AnswerAccuracy:
 
     def run(self) -> Mapping[str, float]:
         """`accuracy` and `accuracy/<task>`."""
-        results = accuracy_by_task(list(self.answering.run(self.samples, self.metrics)))
+        results = accuracy_by_task(self.answering.run(self.samples, self.metrics))
         return {("accuracy" if task == "all" else f"accuracy/{task}"): value for task, (value, _) in results.items()}

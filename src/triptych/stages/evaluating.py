@@ -7,13 +7,14 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 from pydantic import Field, TypeAdapter, ValidationError
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -36,7 +37,6 @@ from triptych.evaluation.summary import Difference, TaskSummary, compare, summar
 from triptych.stages.build import open_datasets
 from triptych.stages.recipe import PlainDataset
 from triptych.stages.using import answering_of, load_for_use
-from triptych.stages.vlm import read_samples
 
 SUMMARY = "summary.json"
 """File in the output folder: every table in one."""
@@ -181,17 +181,11 @@ def run_evaluation(recipe: EvaluationRecipe) -> dict[str, dict[str, dict[str, Ta
         Data set -> run -> task -> summary.
 
     Raises:
-        DataError: a data set holds no question.
+        DataError: rows that cannot be used, all at once.
         ModelError: a model cannot be loaded.
         OSError: the output folder cannot be written; found before anything is answered.
     """
-    samples = {name: read_samples(open_datasets([config])) for name, config in recipe.data.items()}
-    for name, found in samples.items():
-        if not _count_questions(found):
-            message = f"no question with an answer in {len(found)} rows"
-            raise DataError(
-                Problem(message, file=str(recipe.data[name].path), remedy="give rows whose turns include true answers")
-            )
+    samples = _read_samples(recipe)
     if recipe.output is not None:
         Path(recipe.output).mkdir(parents=True, exist_ok=True)
     evaluated = [item for run in recipe.runs for item in _evaluate(recipe, run, samples)]
@@ -218,11 +212,29 @@ def run_evaluation(recipe: EvaluationRecipe) -> dict[str, dict[str, dict[str, Ta
     return summaries
 
 
+def _read_samples(recipe: EvaluationRecipe) -> dict[str, list[Sample]]:
+    """The rows of every data set; every row that cannot be used is an error, all at once."""
+    samples: dict[str, list[Sample]] = {}
+    problems: list[Problem] = []
+    for name, config in recipe.data.items():
+        (dataset,) = open_datasets([config])
+        samples[name] = []
+        for index in range(len(dataset)):
+            try:
+                samples[name].append(dataset.sample(index))
+            except DataError as error:
+                problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return samples
+
+
 def _evaluate(
     recipe: EvaluationRecipe, run: EvaluationRun, samples: Mapping[str, Sequence[Sample]]
 ) -> Iterator[Evaluated]:
     """The answers of a run to each of its data sets, read where the output folder has them."""
     answering = None
+    console = Console(highlight=False)
     for name in run.data or tuple(recipe.data):
         asked = samples[name][: run.limit]
         stamp = _stamp(recipe, run, name) if recipe.output is not None else {}
@@ -232,14 +244,12 @@ def _evaluate(
                 answering = answering_of(load_for_use(Path(run.model)), recipe.max_new_tokens, recipe.batch)
                 if run.pictures == "grey":
                     answering = replace(answering, decode=blind(answering.decode))
-            progress = track(
-                answering.run(asked, recipe.metrics),
-                f"{run.name}: {name}",
-                total=_count_questions(asked),
-                console=Console(),
-                transient=True,
-            )
-            answers = tuple(progress)
+            count = _count_questions(asked)
+            console.print(f"{run.name}: {count} questions of {name}")
+            with Progress(*Progress.get_default_columns(), console=console, transient=True) as progress:
+                bar = progress.add_task("answering", total=count)
+                found = answering.run(asked, recipe.metrics, partial(progress.advance, bar))
+            answers = tuple(found)
             if recipe.output is not None:
                 lines = "".join(json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in answers)
                 _write(_file(recipe, run, name, ".jsonl"), lines)

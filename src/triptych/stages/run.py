@@ -65,7 +65,10 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
     if is_main():
         write_recipe(recipe, output)
         summary = {"steps": result.progress.step, "best_step": result.best_step, "evaluation": dict(result.evaluation)}
-        (output / FINISHED).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(summary, indent=1) + "\n"
+        # A finished run that is started again ends as it did: stages that began from its model stay valid.
+        if not (output / FINISHED).is_file() or (output / FINISHED).read_text(encoding="utf-8") != text:
+            (output / FINISHED).write_text(text, encoding="utf-8")
     for name, value in result.evaluation.items():
         console.print(f"{name}: {value:.4g}")
     console.print(f"model: {output / 'model'}", soft_wrap=True)

@@ -182,7 +182,7 @@ def show_answers(recipe: TuneRecipe, vlm: Vlm, title: str) -> None:
         return
     samples = read_samples(open_datasets(evaluation.data), None if evaluation.answers else evaluation.show)
     pictures = {str(sample.origin): ", ".join(image.name for image in sample.images) for sample in samples}
-    answers = list(vlm.answering(evaluation.max_new_tokens, evaluation.batch).run(samples))
+    answers = vlm.answering(evaluation.max_new_tokens, evaluation.batch).run(samples)
     if not is_main():  # sharded weights need every rank to get here
         return
     right = sum(answer.is_right for answer in answers)

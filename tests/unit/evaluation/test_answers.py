@@ -51,11 +51,14 @@ def answering(batch_size: int) -> tuple[Answering, Asked]:
 
 def test_every_assistant_turn_is_asked_with_the_true_turns_before_it() -> None:
     subject, asked = answering(2)
-    answers = list(subject.run([SAMPLE, SAMPLE]))
-    assert asked.prompts == [["\nWho?"], ["\nWho?", "dog", "And here?"]] * 2
+    counts: list[int] = []
+    answers = subject.run([SAMPLE, SAMPLE], advance=counts.append)
+    # Those of like length together, the results in order.
+    assert asked.prompts == [["\nWho?"]] * 2 + [["\nWho?", "dog", "And here?"]] * 2 and counts == [2, 2]
     assert [(answer.question, answer.truth) for answer in answers] == [("Who?", "dog"), ("And here?", "cat")] * 2
     assert answers[0].origin == "data.jsonl:7 (row-7)"
     assert answers[0].prediction == answers[2].prediction != answers[1].prediction
+    assert [answer.pictures for answer in answers[:2]] == [("a.png",), ("a.png", "a.png")]
 
 
 def test_answers_do_not_depend_on_the_batch() -> None:

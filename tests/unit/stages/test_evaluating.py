@@ -37,7 +37,9 @@ def test_accuracy_by_task_and_a_line_for_each_answer(lora_run: Run, files: Files
     options = ["--images", files.data / "pictures", "--output", tmp_path / "out"]
     done = triptych("eval", lora_run.output / "model", rows, "max_new_tokens=2", *options)
     assert done.status == 0, done.err
-    assert [line[0] for line in words(done.out) if line[1:2] in (["5"], ["3"], ["2"])] == ["all", "even", "odd"]
+    assert "model: 5 questions of rows" in done.out
+    table = [line for line in words(done.out) if "%" in line[-1] or line[-1].endswith("]")]
+    assert [line[:2] for line in table] == [["all", "5"], ["even", "3"], ["odd", "2"]]
     lines = [json.loads(line) for line in (tmp_path / "out" / "model-rows.jsonl").read_text().splitlines()]
     assert [answer["truth"] for answer in lines] == ["dog", "cat", "frog", "pig", "banana"]
     assert lines[0].keys() == {"origin", "task", "question", "truth", "prediction", "metric", "pictures", "is_right"}
@@ -125,7 +127,7 @@ def test_blind_pictures_keep_their_size_and_show_nothing() -> None:
     assert seen.size == (12, 7) and seen.getcolors() == [(84, (128, 128, 128))]
 
 
-def test_the_folder_is_made_and_questions_are_counted_before_any_work(
+def test_the_folder_is_made_and_every_row_is_read_before_any_work(
     lora_run: Run, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -138,8 +140,11 @@ def test_the_folder_is_made_and_questions_are_counted_before_any_work(
     assert done.status == 1 and done.err.startswith("error: [Errno 17]") and str(tmp_path) in done.err
     pairs = triptych("eval", "model", files.data / "pairs.json", "--format", "preference")
     assert pairs.status == 1 and "hold answers to compare" in pairs.err
-    monkeypatch.setattr(evaluating, "read_samples", lambda datasets: [])
-    nothing = triptych("eval", "model", files.data / "test.json")
-    assert nothing.status == 1 and "no question with an answer in 0 rows" in nothing.err
+    rows = json.loads((files.data / "test.json").read_text())
+    for row in rows[1:3]:
+        row["image"] = f"no-{row['image']}"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    broken = triptych("eval", "model", tmp_path / "rows.json", "--images", files.data / "pictures")
+    assert broken.status == 1 and broken.err.count("is not a file") == 2
     without = triptych("eval", "model")
     assert without.status == 2 and "give a data file" in without.err

@@ -40,6 +40,14 @@ def test_a_dry_run_says_what_the_real_one_would(files: Files, tmp_path: Path) ->
         assert without.status == 1 and "`loss` is followed, but nothing evaluates it" in without.err
 
 
+def test_a_finished_run_that_is_started_again_stays_what_later_stages_began_from(files: Files, tmp_path: Path) -> None:
+    file, finished = recipe(files, tmp_path), tmp_path / "run" / "finished.json"
+    assert triptych("train", file).status == 0
+    before = finished.stat().st_mtime_ns
+    assert triptych("train", file).status == 0
+    assert finished.stat().st_mtime_ns == before
+
+
 @pytest.mark.requirement("G-7")
 def test_a_run_resumes_and_a_changed_recipe_is_refused_by_its_keys(files: Files, tmp_path: Path) -> None:
     file, run = recipe(files, tmp_path), tmp_path / "run"
