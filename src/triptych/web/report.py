@@ -58,7 +58,11 @@ class StageReport:
             "steps": max((event["step"] for event in steps), default=0),
             "samples": sum(event["samples"] for event in steps),
             "seconds": sum(event["seconds"] for event in steps),
-            "results": self.results,
+            "results": {
+                name: value
+                for name, value in self.results.items()
+                if name == "loss" or name.startswith("accuracy") or name.endswith("@1")
+            },
             "is_finished": self.is_finished,
             "tuning": self.facts.get("tuning", []),
         }

@@ -421,6 +421,24 @@ def test_the_table_fits_80_columns() -> None:
     assert not any("…" in line for line in lines)
 
 
+def test_the_summary_holds_the_rows_of_the_table() -> None:
+    plan = tune(
+        llava(), frozen("vision"), full("connector", lr=2e-4, weight_decay=0.1), lora("language", rank=4), frozen("*")
+    )
+    rows = plan.summary()
+    assert [row["match"] for row in rows] == ["vision", "connector", "language", "*"]
+    connector = plan.rows[1].count
+    assert rows[1] == {
+        "match": "connector",
+        "method": "full",
+        "lr": 2e-4,
+        "weight_decay": 0.1,
+        "trainable": connector.trainable,
+        "total": connector.total,
+    }
+    assert (rows[0]["lr"], rows[0]["trainable"]) == (None, 0) and rows[2]["method"] == "lora 4/8/2"
+
+
 @pytest.mark.requirement("E-15")
 def test_the_table_shows_every_rule() -> None:
     plan = tune(

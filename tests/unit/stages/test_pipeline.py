@@ -85,6 +85,9 @@ def test_stages_hand_their_models_on_and_a_second_start_skips_what_is_finished(f
     assert all((before[name] == item).all() for name, item in after.items())
     third = succeed(triptych("train", pipeline))
     assert third.count("finished before") == 3
+    contents = json.loads((tmp_path / "run" / "pipeline.json").read_text())["stages"]
+    assert [item["folder"] for item in contents] == ["towers", "instruct", "again"]
+    assert contents[0]["title"] == "1/3 towers: see"
 
 
 def test_a_pipeline_is_checked_as_a_whole(files: Files, tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from tests.commands import triptych, write
 from tests.recipes.tiny_recipes import Files, tune
+from triptych import __version__
 
 
 def recipe(files: Files, folder: Path) -> Path:
@@ -46,6 +48,14 @@ def test_a_finished_run_that_is_started_again_stays_what_later_stages_began_from
     before = finished.stat().st_mtime_ns
     assert triptych("train", file).status == 0
     assert finished.stat().st_mtime_ns == before
+
+
+def test_a_run_leaves_its_plan_and_environment(files: Files, tmp_path: Path) -> None:
+    assert triptych("train", recipe(files, tmp_path)).status == 0
+    facts = json.loads((tmp_path / "run" / "facts.json").read_text())
+    assert [(row["match"], row["method"]) for row in facts["tuning"]][0] == ("vision", "full")
+    assert sum(row["trainable"] for row in facts["tuning"]) == 69_664
+    assert facts["environment"]["triptych"] == __version__ and facts["environment"]["torch"] == torch.__version__
 
 
 @pytest.mark.requirement("G-7")
