@@ -17,6 +17,7 @@ from triptych.data.formats import Dataset
 from triptych.data.show import show_example
 from triptych.engine.state import seed_everything
 from triptych.stages.build import Built, preflight
+from triptych.stages.evaluating import EvaluationRecipe
 from triptych.stages.locate import in_recipe
 from triptych.stages.pipeline import Stage, read_stages
 
@@ -43,10 +44,13 @@ def check(path: Path, overrides: Sequence[str] = (), *, samples: int = 1, consol
 
 def _check_stage(stage: Stage, samples: int, console: Console) -> bool:
     recipe = stage.recipe
-    configs = [*recipe.data, *(recipe.evaluation.data if recipe.evaluation else ())]
+    if isinstance(recipe, EvaluationRecipe):
+        configs = list(recipe.data.values())
+    else:
+        configs = [*recipe.data, *(recipe.evaluation.data if recipe.evaluation else ())]
     datasets, findings = open_datasets(configs, Path.cwd())
     built = None
-    if stage.is_ready and not findings:
+    if not isinstance(recipe, EvaluationRecipe) and stage.build is not None and stage.is_ready and not findings:
         seed_everything(recipe.train.seed)
         built = stage.build(recipe)
         preflight(recipe, built)

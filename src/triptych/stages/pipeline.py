@@ -27,6 +27,7 @@ from triptych.core.distributed import is_main
 from triptych.core.errors import ConfigError, Problem
 from triptych.engine.checkpoint import EVALUATION, MAY_CHANGE
 from triptych.stages.build import Built, preflight, resolved
+from triptych.stages.evaluating import EvaluationRecipe, read_evaluation, run_evaluation
 from triptych.stages.locate import in_recipe
 from triptych.stages.recipe import StageRecipe
 from triptych.stages.run import FINISHED, RECIPE, has_checkpoint, run_stage
@@ -43,7 +44,7 @@ class PipelineStage(Config):
     name: str = Field(pattern=r"^\w[\w.-]*$")
     """How later stages refer to this one, and its folder; letters, digits, `_`, `-` and `.`."""
     recipe: str
-    """Recipe file, relative to the pipeline file."""
+    """Recipe or evaluation file, relative to the pipeline file."""
     title: str = ""
     """What it does, shown while it runs."""
     init: dict[str, str] = Field(default={})
@@ -70,14 +71,16 @@ class Stage:
     title: str
     """Empty for a recipe that is not part of a pipeline."""
     tree: ConfigTree
-    recipe: StageRecipe
-    build: Callable[..., Built]
+    recipe: StageRecipe | EvaluationRecipe
+    build: Callable[..., Built] | None
+    """None for an evaluation, which trains nothing."""
     sources: tuple[Path, ...] = ()
     """Folders of the stages whose models it starts from."""
 
     @property
     def output(self) -> Path:
         """Folder of the run."""
+        assert self.recipe.output is not None
         return Path(self.recipe.output)
 
     @property
@@ -91,7 +94,7 @@ class Stage:
         Raises:
             ConfigError: what the folder holds comes from another recipe, or from models that were trained again.
         """
-        if not self.title:
+        if not self.title or isinstance(self.recipe, EvaluationRecipe):  # an evaluation knows itself what it has done
             return False
         self._check_sources()
         if not (self.output / FINISHED).is_file():
@@ -150,7 +153,16 @@ def train(path: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -
             console.print("starts from the model of a stage that is not finished")
             continue
         with in_recipe(stage.tree):
-            run_stage(stage.recipe, _checked(stage.build) if dry_run else stage.build, stage.tree, dry_run=dry_run)
+            _run(stage, dry_run)
+
+
+def _run(stage: Stage, dry_run: bool) -> None:
+    if isinstance(stage.recipe, EvaluationRecipe):
+        if not dry_run and is_main():
+            run_evaluation(stage.recipe)
+        return
+    assert stage.build is not None
+    run_stage(stage.recipe, _checked(stage.build) if dry_run else stage.build, stage.tree, dry_run=dry_run)
 
 
 def write_contents(output: Path, stages: Sequence[Stage]) -> None:
@@ -195,6 +207,8 @@ def find_stage(tree: ConfigTree) -> str:
         if "kind" in tree.values:
             message = f"a recipe with a `stage` belongs here, not a file of `kind: {tree.values['kind']}`"
             remedy = "a file of recipes is of `kind: pipeline`, and is no stage of another"
+            if tree.values["kind"] == "evaluation":
+                remedy = "run it with `triptych eval`, or as a stage of a pipeline"
             raise ConfigError(config_problem(tree, ("kind",), message, remedy))
         message = f"`stage: {name}` is not a stage" if name else "`stage` is required"
         raise ConfigError(config_problem(tree, ("stage",), message, did_you_mean(name, STAGES)))
@@ -202,6 +216,8 @@ def find_stage(tree: ConfigTree) -> str:
 
 
 def _read_stage(title: str, tree: ConfigTree, sources: tuple[Path, ...] = ()) -> Stage:
+    if title and tree.values.get("kind") == "evaluation":
+        return Stage(title, tree, read_evaluation(tree), None, sources)
     schema, build = STAGES[find_stage(tree)]
     return Stage(title, tree, validate(schema, tree), build, sources)
 

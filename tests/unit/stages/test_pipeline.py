@@ -90,6 +90,32 @@ def test_stages_hand_their_models_on_and_a_second_start_skips_what_is_finished(f
     assert contents[0]["title"] == "1/3 towers: see"
 
 
+def test_an_evaluation_is_a_stage_that_gets_its_models_and_is_computed_once(files: Files, tmp_path: Path) -> None:
+    pipeline = write_pipeline(tmp_path, files)
+    tree = yaml.safe_load(pipeline.read_text())
+    tree["stages"][2] = {
+        "name": "judge",
+        "recipe": "judge.yaml",
+        "init": {"runs.0.model": "instruct", "runs[1].model": "instruct"},
+    }
+    pipeline.write_text(yaml.safe_dump(tree))
+    data = {"format": "llava", "path": str(files.data / "test.json"), "images": str(files.data / "pictures")}
+    runs = [{"name": "after", "model": "unset", "limit": 3}, {"name": "blind", "model": "unset", "pictures": "grey"}]
+    judge = {"kind": "evaluation", "data": {"test": data}, "runs": runs, "max_new_tokens": 1}
+    (tmp_path / "judge.yaml").write_text(yaml.safe_dump(judge))
+    assert succeed(triptych("check", pipeline, "--samples", "0")).count("0 errors, 0 warnings") == 3
+    planned = succeed(triptych("train", pipeline, "--dry-run"))
+    assert "3/3 judge" in planned and not (tmp_path / "run" / "judge").exists()
+    assert "after: 3 questions of test" in succeed(triptych("train", pipeline))
+    answers = tmp_path / "run" / "judge" / "after-test.jsonl"
+    assert len(answers.read_text().splitlines()) == 3
+    assert "questions of test" not in succeed(triptych("train", pipeline))
+    page = succeed(triptych("report", tmp_path / "run"))
+    assert page.startswith("report: ") and "Right answers" in (tmp_path / "run" / "report.html").read_text()
+    alone = triptych("train", tmp_path / "judge.yaml")
+    assert alone.status == 1 and "run it with `triptych eval`" in alone.err
+
+
 def test_a_pipeline_is_checked_as_a_whole(files: Files, tmp_path: Path) -> None:
     checked = succeed(triptych("check", write_pipeline(tmp_path, files), "--samples", "0"))
     assert checked.count("0 errors, 0 warnings") == 3
