@@ -107,6 +107,9 @@ def read_evaluation(tree: ConfigTree) -> EvaluationRecipe:
                 problems.append(
                     config_problem(tree, key, f"`{data}` is not in `data`", did_you_mean(data, recipe.data))
                 )
+    if all(run.data for run in recipe.runs):
+        unasked = [name for name in recipe.data if all(name not in run.data for run in recipe.runs)]
+        problems += [config_problem(tree, ("data", name), f"no run answers `{name}`") for name in unasked]
     if problems:
         raise ConfigError(problems)
     return recipe

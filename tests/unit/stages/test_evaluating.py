@@ -109,6 +109,7 @@ def test_an_evaluation_file_is_computed_once(
     [
         ("runs.0.data=[row]", r"evaluation.yaml|command line(.|\n)*`row` is not in `data`(.|\n)*did you mean `rows`"),
         ("runs.1.name=after", "two runs are called `after`"),
+        ("runs=[{name: a, model: m, data: [nothing]}]", "no run answers `rows`"),
         ("metrics.even=objcts", "did you mean `objects`"),
         ("runs.0.picture=grey", r"unknown key `picture`(.|\n)*did you mean `pictures`"),
         ("runs=[]", "at least 1 item"),
