@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 BASE := .venv/.base
 DEV := .venv/.dev
+DEMO := $(if $(LONG),demo-long,$(if $(FAST),demo-fast,demo))
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint types layers requirements bench clean
+.PHONY: demo ablation test test-slow lint types layers requirements bench clean
 
 $(BASE): pyproject.toml constraints.txt requirements/no-deps.txt
 	$(PYTHON) -m venv .venv
@@ -21,11 +22,16 @@ $(DEV): $(BASE) requirements/test-no-deps.txt
 	$(BIN)/pip install -q --no-deps -r requirements/test-no-deps.txt
 	touch $(DEV)
 
-demo: $(BASE)  ## tune a small vision-language model on pictures and show what it learned
+demo: $(BASE)  ## from nothing to a model that answers about pictures; FAST=1: four minutes, LONG=1: at most ninety
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' recipes/demo/demo.yaml
-	$(BIN)/triptych scenes runs/demo/data -n 4000
-	$(BIN)/triptych train recipes/demo/demo.yaml $(ARGUMENTS)
-	@$(BIN)/python recipes/demo/summary.py
+	$(BIN)/triptych scenes runs/demo/data -n 8000 --test 200
+	$(BIN)/triptych train recipes/demo/$(DEMO).yaml $(ARGUMENTS)
+	$(BIN)/triptych report runs/$(DEMO)
+	@echo "talk with it: $(BIN)/triptych chat runs/$(DEMO)/instruct/model --image 12"
+
+ablation: $(BASE)  ## what each stage of the demo is worth: one table over two seeds
+	$(BIN)/triptych scenes runs/demo/data -n 8000 --test 200
+	COLUMNS=160 $(BIN)/triptych train recipes/demo/ablation.yaml $(ARGUMENTS)
 
 test: $(DEV) lint types  ## lint, types, layers, tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(ARGUMENTS)

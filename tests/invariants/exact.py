@@ -27,10 +27,12 @@ from triptych.engine.parallel import unwrap
 from triptych.engine.step import run_window
 from triptych.models.components import Components, find_components
 from triptych.models.dual_encoder import DualEncoderScorer, find_dual_components
+from triptych.models.picture_words import PictureWords
 from triptych.models.pictures import make_pictures
 from triptych.models.reference import AdapterOffReference, FrozenReference
 from triptych.models.tuning import TuningPlan, TuningRule, apply_tuning
 from triptych.models.vlm import VlmScorer
+from triptych.objectives.bag_of_words import BagOfWordsConfig, BagOfWordsObjective
 from triptych.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
 from triptych.objectives.language import LanguageConfig, LanguageObjective
 from triptych.objectives.preference import DpoConfig, DpoObjective
@@ -55,12 +57,18 @@ LORA = [
 PLANS: dict[str, list[dict[str, Any]]] = {
     "full": [{"match": part, "method": "full"} for part in ("vision", "connector", "language")],
     "lora_and_connector": [{"match": "vision", "method": "frozen"}, {"match": "connector", "method": "full"}, *LORA],
+    "vision_and_connector": [
+        {"match": "vision", "method": "full"},
+        {"match": "connector", "method": "full"},
+        {"match": "language", "method": "frozen"},
+    ],
     "lora": [{"match": "vision", "method": "frozen"}, {"match": "connector", "method": "frozen"}, *LORA],
 }
 CASES = (
     "language/full",
     "language/lora_and_connector",
     "language/lora",
+    "bag_of_words/vision_and_connector",
     "dpo/full",
     "dpo/lora",
     "clip/full",
@@ -91,7 +99,7 @@ def exact_case(name: str, dtype: torch.dtype = torch.float64) -> Case:
     objective, plan = name.split("/")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return _vlm(objective, plan, dtype) if objective in ("language", "dpo") else _dual(objective, plan, dtype)
+        return _dual(objective, plan, dtype) if objective in ("clip", "siglip") else _vlm(objective, plan, dtype)
 
 
 def _vlm(objective: str, plan: str, dtype: torch.dtype) -> Case:
@@ -99,7 +107,15 @@ def _vlm(objective: str, plan: str, dtype: torch.dtype) -> Case:
     pictures = make_pictures(model.config, image_processor, tokenizer)
     components = find_components(model)
     tuning = _tune(model, components, PLANS[plan])
-    scorer = VlmScorer(model, components, pictures=pictures, chunk_size=7)
+    goals: dict[str, Any] = {
+        "language": LanguageObjective(LanguageConfig()),
+        "dpo": DpoObjective(DpoConfig(beta=0.7, sft_coefficient=0.3)),
+        "bag_of_words": BagOfWordsObjective(BagOfWordsConfig(kind="bag_of_words")),
+    }
+    goal = goals[objective]
+    vocabulary = model.get_input_embeddings().num_embeddings
+    found = PictureWords(range(vocabulary), 0.1) if objective == "bag_of_words" else None
+    scorer = VlmScorer(model, components, needs=goal.needs, pictures=pictures, chunk_size=7, words=found)
     scorer.get_submodule(UNUSED).requires_grad_(False)
     reference: Reference | None = None
     if objective == "dpo":
@@ -109,12 +125,12 @@ def _vlm(objective: str, plan: str, dtype: torch.dtype) -> Case:
     def make(examples: Sequence[int]) -> Batch:
         rows: list[Row] = []
         for number in examples:
-            prompt = (words(number, 2),) if number % 3 == 2 else (noise(seed=number), words(number, 2))
+            is_text = number % 3 == 2 and objective != "bag_of_words"
+            prompt = (words(number, 2),) if is_text else (noise(seed=number), words(number, 2))
             rows += [(*prompt, Answer(words(number + 3, 1 + number % 5))), (*prompt, Answer(words(number + 7, 4)))]
         return numbered(batch_of(rows, tokenizer, pictures), examples)
 
-    goal = DpoObjective(DpoConfig(beta=0.7, sft_coefficient=0.3)) if objective == "dpo" else None
-    return Case(scorer.train(), goal or LanguageObjective(LanguageConfig()), block_paths(components), make, reference)
+    return Case(scorer.train(), goal, block_paths(components), make, reference)
 
 
 def _dual(loss: str, plan: str, dtype: torch.dtype) -> Case:

@@ -339,6 +339,8 @@ class WindowValues:
 
 ScoreField = Literal[
     "token_logprobs",
+    "word_logprobs",
+    "picture_scales",
     "values",
     "rewards",
     "image_embeddings",
@@ -356,6 +358,10 @@ class Scores:
 
     token_logprobs: Tensor | None = None
     """[S] float32 natural log of p(label) at every supervised position."""
+    word_logprobs: Tensor | None = None
+    """[S] float32 natural log of the probability that the row's pictures name the label, see `PictureWords`."""
+    picture_scales: Tensor | None = None
+    """[N] float32 RMS of each picture's tokens over that of word embeddings."""
     values: Tensor | None = None
     """[S] float32 value estimates."""
     rewards: Tensor | None = None

@@ -67,6 +67,8 @@ class LoaderConfig(Config):
     """Optimizer steps of the run."""
     seed: int = 0
     """Decides the order of the rows."""
+    group_by_length: bool = False
+    """Put rows of like length into one micro-batch; the rows of an optimizer step stay the same, less is padded."""
     prefetch: int = Field(default=2, ge=0)
     """Windows prepared ahead in the background; 0 does all work when it is asked for."""
     decode_threads: int = Field(default=4, ge=1)
@@ -231,11 +233,10 @@ class Loader:
         # Ranks whose share is one row shorter still make as many batches: FSDP waits for every rank in every pass.
         num_batches = math.ceil(math.ceil(size / self._world_size) / self._config.micro_batch)
         bad: list[tuple[Origin, DataError]] = []
-        batches = []
-        for index in range(num_batches):
-            chunk = share[index * self._config.micro_batch : (index + 1) * self._config.micro_batch]
-            examples = list(self._load(chunk, bad))
-            batches.append(collate(examples, self._kind_weights) if examples else self._make_padding(positions))
+        batches = [
+            collate(examples, self._kind_weights) if examples else self._make_padding(positions)
+            for examples in self._split(share, num_batches, bad)
+        ]
         window = Window(
             index=number,
             epoch=epoch + (start + size) / length,
@@ -243,6 +244,19 @@ class Loader:
             skipped=tuple(origin for origin, _ in bad),
         )
         return _Prepared(window, tuple(problem for _, error in bad for problem in error.problems))
+
+    def _split(
+        self, share: Sequence[int], num_batches: int, bad: list[tuple[Origin, DataError]]
+    ) -> Iterator[list[Example]]:
+        """The examples of each micro-batch; rows that cannot be used leave it smaller, or the last ones if grouped."""
+        size = self._config.micro_batch
+        if not self._config.group_by_length:
+            for index in range(num_batches):
+                yield list(self._load(share[index * size : (index + 1) * size], bad))
+            return
+        examples = sorted(self._load(share, bad), key=lambda example: example.max_row_tokens)
+        for index in range(num_batches):
+            yield examples[index * size : (index + 1) * size]
 
     def _load(self, positions: Sequence[int], bad: list[tuple[Origin, DataError]]) -> Iterator[Example]:
         """Examples of the rows at `positions`; with `on_bad_row: skip` those that cannot be used go to `bad`."""

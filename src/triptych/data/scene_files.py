@@ -23,7 +23,6 @@ from triptych.data.scene_questions import (
     OTHERS,
     Ask,
     Question,
-    ask_naming,
     ask_text,
     compare,
     describe,
@@ -31,7 +30,7 @@ from triptych.data.scene_questions import (
     dialogue,
     invent,
 )
-from triptych.data.scenes import Scene, Split, article, draw, mask, sample_scene, sample_sign
+from triptych.data.scenes import Scene, Split, draw, mask, sample_scene, sample_sign
 
 TURNS = 6
 """Questions of a training dialogue."""
@@ -65,17 +64,17 @@ class _Picture:
 def write_scenes(folder: Path, sizes: Sizes, advance: Callable[[int, int], None] | None = None) -> bool:
     """Write pictures and files; False where the folder holds exactly this already.
 
-    Files: `{train,validation,test,test_others,combinations}.json` (LLaVA), `train_others.json` (signs, pairs of
-    pictures, boxes), `train_questions.jsonl` (messages, one question a row), `{train,validation}_{brief,dense}.tsv`
-    (captions), `{train,validation}_names.{json,tsv}` (only the scenes of a single thing), `preferences.jsonl` (TRL),
-    `validation.parquet` (pictures inside), `validation.tar` (webdataset), `masks.jsonl` and `masks/`.
+    Files: `{train,validation,validation_questions,test,test_others,combinations}.json` (LLaVA), `train_others.json`
+    (signs, pairs of pictures, boxes), `questions/<task>.jsonl` (messages, one question a training scene),
+    `{train,validation}_{brief,dense}.tsv` (captions), `preferences.jsonl` (TRL), `validation.parquet` (pictures
+    inside), `validation.tar` (webdataset), `masks.jsonl` and `masks/`.
 
     Args:
         folder: made if absent; files of these names are replaced.
         sizes: how much.
         advance: called with (pictures drawn, pictures in all).
     """
-    stamp = {**asdict(sizes), "format": 1}
+    stamp = {**asdict(sizes), "format": 4}
     marker = folder / "scenes.json"
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == stamp:
         return False
@@ -94,49 +93,50 @@ def _write_training(folder: Path, sizes: Sizes) -> Iterator[_Picture]:
     counts: dict[Split, int] = {"train": sizes.train, "validation": sizes.validation}
     for split, count in counts.items():
         scenes = _scenes(split, sizes.seed, count)
-        dialogues, questions, preferences = [], [], []
+        dialogues, preferences = [], []
+        questions: dict[str, list[dict[str, Any]]] = {task: [] for task in (*CORE, *OTHERS)}
         for number, (name, scene) in enumerate(scenes):
             generator = random.Random(f"{sizes.seed}/{split}/questions/{number}")
             asked = dialogue(scene, generator, TURNS)
             dialogues.append(_llava(name, [name], asked))
-            questions += [_messages(f"{name}#{index}", name, item) for index, item in enumerate(asked)]
+            for task, ask in (CORE | OTHERS).items():
+                question = ask(scene, generator)
+                if question is not None:
+                    questions[task].append(_messages(f"{name}-{task}", name, question))
             preferences.append(_preference(name, scene, generator))
             yield _Picture(name, scene)
         _write_json(folder / f"{split}.json", dialogues)
         _write_tsv(folder / f"{split}_brief.tsv", [(_file(name), describe(scene)) for name, scene in scenes])
         _write_tsv(folder / f"{split}_dense.tsv", [(_file(name), describe_places(scene)) for name, scene in scenes])
-        _write_names(folder, split, scenes)
         if split == "train":
-            _write_jsonl(folder / "train_questions.jsonl", questions)
+            (folder / "questions").mkdir(exist_ok=True)
+            for task, rows in questions.items():
+                _write_jsonl(folder / "questions" / f"{task}.jsonl", rows)
             _write_jsonl(folder / "preferences.jsonl", preferences)
-    rows, pictures = _others("train", sizes.seed, max(1, sizes.train // 20))
-    _write_json(folder / "train_others.json", rows)
+    others, pictures = _others("train", sizes.seed, max(1, sizes.train // 20))
+    _write_json(folder / "train_others.json", others)
     yield from pictures
-
-
-def _write_names(folder: Path, split: Split, scenes: Sequence[tuple[str, Scene]]) -> None:
-    """The scenes of a single thing, as naming questions and as captions."""
-    asked = [(name, question) for name, scene in scenes if (question := ask_naming(scene, random.Random(0)))]
-    _write_json(folder / f"{split}_names.json", [_llava(name, [name], [question]) for name, question in asked])
-    captions = [(_file(name), f"a picture of {article(question.answer)}") for name, question in asked]
-    _write_tsv(folder / f"{split}_names.tsv", captions)
 
 
 def _write_test(folder: Path, sizes: Sizes) -> Iterator[_Picture]:
     """Each question about a scene of its own; the tasks take turns, so that the first rows are a fair sample."""
-    for split, file, tasks in (
-        ("test", "test.json", CORE),
-        ("combinations", "combinations.json", {name: CORE[name] for name in ("counting", "position", "caption")}),
-    ):
+    combinations = {name: CORE[name] for name in ("counting", "position", "caption")}
+    few = -(-sizes.test // 4)
+    plans: tuple[tuple[Split, str, dict[str, Ask], int], ...] = (
+        ("validation", "validation_questions.json", CORE, min(10, few)),
+        ("test", "test.json", CORE, sizes.test),
+        ("combinations", "combinations.json", combinations, few),
+    )
+    for split, file, tasks, count in plans:
         rows = []
-        stock = _stock(split, sizes.seed)  # type: ignore[arg-type]
-        for number in range(sizes.test if split == "test" else -(-sizes.test // 4)):
+        stock = _stock(split, sizes.seed)
+        for number in range(count):
             for task, ask in tasks.items():
                 name, scene, question = _next_question(stock, ask, f"{sizes.seed}/{split}/{task}/{number}")
                 rows.append(_llava(f"{name}-{task}", [name], [question]))
                 yield _Picture(name, scene)
         _write_json(folder / file, rows)
-    rows, pictures = _others("test", sizes.seed, -(-sizes.test // 4))
+    rows, pictures = _others("test", sizes.seed, few)
     _write_json(folder / "test_others.json", rows)
     yield from pictures
 

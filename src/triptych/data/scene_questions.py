@@ -7,7 +7,7 @@ places evenly. Boxes are integers from 0 to 999, relative to the side of the pic
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from triptych.data.scenes import COUNTS, NAMES, PLACES, SIDE, Item, Scene, article, listed, plural
@@ -123,7 +123,7 @@ def box_text(item: Item) -> str:
     return str([min(999, round(value * 1000 / SIDE)) for value in item.box])
 
 
-CORE: Mapping[str, Ask] = {
+CORE: dict[str, Ask] = {
     "presence": ask_presence,
     "counting": ask_counting,
     "position": ask_position,
@@ -132,7 +132,7 @@ CORE: Mapping[str, Ask] = {
 }
 """The tasks a demo model is judged by."""
 
-OTHERS: Mapping[str, Ask] = {
+OTHERS: dict[str, Ask] = {
     "dense_caption": ask_dense_caption,
     "lookup": ask_lookup,
     "attribute": ask_attribute,
@@ -142,16 +142,23 @@ OTHERS: Mapping[str, Ask] = {
 """Further tasks about one scene; `ocr` and `comparison` need scenes of their own."""
 
 
+GIVEN_AWAY = ("presence", "attribute", "counting", "position", "lookup", "naming", "caption")
+"""Tasks of a dialogue, by how much an answer tells about the others."""
+
+
 def dialogue(scene: Scene, generator: random.Random, turns: int) -> list[Question]:
-    """At most `turns` different questions about one scene, in random order."""
-    kinds = [*CORE.values(), ask_presence, ask_position, ask_lookup, ask_attribute, ask_dense_caption]
+    """At most `turns` different questions about one scene, drawn at random.
+
+    Those whose answers give away most come last: who answers a later turn sees the earlier ones.
+    """
+    kinds = [*CORE.values(), ask_presence, ask_position, ask_lookup, ask_attribute]
     generator.shuffle(kinds)
     found: dict[str, Question] = {}
     for ask in kinds:
         question = ask(scene, generator)
         if question is not None and len(found) < turns:
             found.setdefault(question.text, question)
-    return list(found.values())
+    return sorted(found.values(), key=lambda question: GIVEN_AWAY.index(question.task))
 
 
 def invent(scene: Scene, generator: random.Random) -> tuple[Question, str, str]:

@@ -18,6 +18,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModel,
     PreTrainedModel,
@@ -46,6 +47,8 @@ from triptych.models.towers import (
 )
 from triptych.models.tuning import eval_frozen
 
+TEXTS_TOGETHER = 32
+"""Captions embedded at a time; larger groups pad more, smaller ones make slower products."""
 HEADS_FILE = "heads.safetensors"
 """Holds `logit_bias` where the model class has no place for it."""
 
@@ -163,7 +166,7 @@ class DualEncoderScorer(nn.Module):
         firsts, caption = _first_of_each(batch.text_keys)
         if self.hf.text_model.training:
             firsts = caption = torch.arange(batch.num_rows, device=images.device)
-        texts = self.embed_texts(batch.input_ids[firsts], batch.attention_mask[firsts])
+        texts = self._embed_by_length(batch.input_ids[firsts], batch.attention_mask[firsts])
         scale, bias = self.scale_and_bias()
         return Scores(
             image_embeddings=images[rows],
@@ -182,6 +185,21 @@ class DualEncoderScorer(nn.Module):
     def embed_images(self, pixels: Mapping[str, Tensor]) -> Tensor:
         """Embeddings [N, D], float32 or float64, of N pictures, each computed once however many captions it has."""
         return _at_least_float32(self.hf.get_image_features(**pixels, return_dict=True).pooler_output)
+
+    def _embed_by_length(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """As `embed_texts`, captions of like length together, so that little padding is computed.
+
+        Sharded ranks gather weights at every call and may hold different numbers of captions, so they make one call.
+        """
+        if any(isinstance(parameter, DTensor) for parameter in self.hf.text_model.parameters()):
+            return self.embed_texts(input_ids, attention_mask)
+        lengths = attention_mask.sum(dim=1)
+        order = torch.argsort(lengths, stable=True)
+        parts = []
+        for chosen in order.split(TEXTS_TOGETHER):
+            length = int(lengths[chosen[-1]])
+            parts.append(self.embed_texts(input_ids[chosen, :length], attention_mask[chosen, :length]))
+        return torch.cat(parts)[torch.argsort(order)]
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embeddings [R, D], float32 or float64, of right-padded captions, `input_ids` and `attention_mask` [R, L].

@@ -60,6 +60,15 @@ class VisionConfig(TowerConfig):
     feature_layer: int | None = None
     """Block whose output the language model reads, counted from the last (-1) or from the embeddings (0). None: the
     last but one for towers with a class token, as in LLaVA-1.5, else the last. Later blocks are dropped."""
+    position_std: float | None = Field(default=None, gt=0)
+    """Standard deviation of a new tower's position embeddings. None: the family's own, which is small beside the
+    patches; over a short training from scratch the features then hardly say where they are."""
+
+    @model_validator(mode="after")
+    def _check_position_std(self) -> VisionConfig:
+        if self.position_std is not None and self.config is None:
+            raise ValueError("`position_std` is for a tower with random weights; a checkpoint has its own positions")
+        return self
 
 
 class TextConfig(TowerConfig):
@@ -128,9 +137,21 @@ def load_vision_tower(config: VisionConfig, dtype: torch.dtype, pooled: bool) ->
     if not pooled and "vision_use_head" in own.to_dict():
         own.vision_use_head = False
     if config.source is None:
-        return VisionTower(_build(own, dtype), _default_image_processor(own))
+        model = _build(own, dtype)
+        if config.position_std is not None:
+            _draw_positions(model, config.position_std)
+        return VisionTower(model, _default_image_processor(own))
     source = resolve_source(config.source)
     return VisionTower(load_checkpoint(AutoModel, source, dtype, config=own), load_image_processor(source))
+
+
+@torch.no_grad()
+def _draw_positions(model: PreTrainedModel, std: float) -> None:
+    found = [parameter for name, parameter in model.named_parameters() if "position_embedding" in name]
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no learned position embeddings", remedy="drop `position_std`")
+    for parameter in found:
+        torch.nn.init.normal_(parameter, std=std)
 
 
 def load_text_tower(config: TextConfig, dtype: torch.dtype) -> TextTower:

@@ -19,9 +19,12 @@ from triptych.core.types import Batch, ScoreField, Scores
 from triptych.models.components import Components, check_plain_head, component_parameters, row_inputs, row_inputs_kind
 from triptych.models.generation import Prompt, generate
 from triptych.models.logprobs import DEFAULT_CHUNK, label_logprobs, shifted_states
+from triptych.models.picture_words import PictureWords
 from triptych.models.pictures import PICTURE_TILES, model_inputs
 
-SUPPORTED_NEEDS: frozenset[ScoreField] = frozenset({"token_logprobs"})
+WORD_NEEDS: frozenset[ScoreField] = frozenset({"word_logprobs", "picture_scales"})
+"""What is computed from pictures and word embeddings, without the language model."""
+SUPPORTED_NEEDS: frozenset[ScoreField] = frozenset({"token_logprobs", "word_logprobs", "picture_scales"})
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,17 @@ class VlmScorer(nn.Module):
         self,
         hf: PreTrainedModel,
         components: Components,
-        needs: frozenset[ScoreField] = SUPPORTED_NEEDS,
+        needs: frozenset[ScoreField] = frozenset({"token_logprobs"}),
         chunk_size: int = DEFAULT_CHUNK,
         pictures: PictureProcessor | None = None,
+        words: PictureWords | None = None,
     ) -> None:
         """
         Args:
             needs: fields of `Scores` to compute.
             chunk_size: positions whose logits live at the same time.
             pictures: makes the dummy picture of a micro-batch without pictures; needed when vision or connector train.
+            words: what pictures are compared with; needed for `word_logprobs` and `picture_scales`.
 
         Raises:
             ModelError: a field cannot be computed, or the model's logits are more than its head's output.
@@ -69,6 +74,8 @@ class VlmScorer(nn.Module):
                     remedy=f"use an objective that needs {', '.join(sorted(SUPPORTED_NEEDS))}",
                 )
             )
+        if needs & WORD_NEEDS and (words is None or "token_logprobs" in needs):
+            raise ValueError("`word_logprobs` and `picture_scales` need `words`, and are computed without other fields")
         check_plain_head(hf.config)
         if components.image_token_id is None:
             raise ModelError(Problem(f"{type(hf).__name__} has no image token", remedy="use a dual-encoder scorer"))
@@ -77,6 +84,7 @@ class VlmScorer(nn.Module):
         self.needs = needs
         self.chunk_size = chunk_size
         self.pictures = pictures
+        self.words = words
         self._image_token_id = components.image_token_id
         self._row_inputs = row_inputs_kind(hf)
 
@@ -84,8 +92,9 @@ class VlmScorer(nn.Module):
         """Score a batch on the model's device.
 
         Returns:
-            `token_logprobs` [S] where needed, and `auxiliary`, the router loss of a mixture-of-experts model that is
-            configured to report it (`output_router_logits`), else None.
+            `token_logprobs` [S], or `word_logprobs` [S] and `picture_scales` [N], where needed, and `auxiliary`, the
+            router loss of a mixture-of-experts model that is configured to report it (`output_router_logits`), else
+            None.
 
         Raises:
             ModelError: pixels are not attached, or the placeholders of a row do not match its pictures' features.
@@ -100,6 +109,10 @@ class VlmScorer(nn.Module):
         features = self._features(batch.pixels) if order and batch.pixels is not None else None
         dummy = self._dummy(batch.input_ids.device) if features is None and self._needs_dummy() else None
         self._check_counts(batch, features)
+        if self.needs & WORD_NEEDS:
+            assert self.words is not None and features is not None
+            logprobs, scales = self.words(batch, features.pooled, self.hf.get_input_embeddings())
+            return Scores(word_logprobs=logprobs, picture_scales=scales)
         with self._added_to_embeddings(dummy):
             outputs = self.hf.base_model(
                 input_ids=batch.input_ids,

@@ -12,6 +12,8 @@ from typing import Literal
 import yaml
 from pydantic import Field
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from triptych.core.config import (
     Config,
@@ -34,6 +36,8 @@ from triptych.stages.run import FINISHED, RECIPE, has_checkpoint, run_stage
 from triptych.stages.table import STAGES
 
 MODEL = "model"
+CLOSING = ("loss", "accuracy", "perplexity")
+"""Measures of the closing table, beside recall@1."""
 CONTENTS = "pipeline.json"
 """The stages of a pipeline's folder."""
 
@@ -154,6 +158,22 @@ def train(path: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -
             continue
         with in_recipe(stage.tree):
             _run(stage, dry_run)
+    if len(stages) > 1 and not dry_run:
+        console.print(closing_table(stages))
+
+
+def closing_table(stages: Sequence[Stage]) -> Table:
+    """A line for each stage that trained: steps, what its last evaluation measured, where its model is."""
+    table = Table("stage", "steps", "held out", "model", title="What came out")
+    for stage in stages:
+        if stage.build is None:
+            continue
+        finished = json.loads((stage.output / FINISHED).read_text(encoding="utf-8"))
+        measured = finished["evaluation"]
+        shown = [name for name in measured if name in CLOSING or name.endswith("@1")]
+        values = ", ".join(f"{name} {measured[name]:.3g}" for name in shown)
+        table.add_row(stage.output.name, str(finished["steps"]), values, Text(str(stage.output / MODEL)))
+    return table
 
 
 def _run(stage: Stage, dry_run: bool) -> None:

@@ -13,6 +13,7 @@ from triptych.engine.trainer import TrainConfig
 from triptych.models.dual_encoder import DualEncoderConfig
 from triptych.models.load import VlmConfig
 from triptych.models.tuning import TuningRule
+from triptych.objectives.bag_of_words import BagOfWordsConfig
 from triptych.objectives.contrastive import ContrastiveConfig
 from triptych.objectives.language import LanguageConfig
 from triptych.objectives.preference import DpoConfig
@@ -109,8 +110,8 @@ class TuneRecipe(VlmRecipe):
 
     stage: Literal["tune"]
     """Selects this stage."""
-    objective: LanguageConfig = LanguageConfig()
-    """What is minimised."""
+    objective: LanguageConfig | BagOfWordsConfig = Field(default=LanguageConfig(), discriminator="kind")
+    """What is minimised: next-token loss, or, to align a connector with a frozen language model, `bag_of_words`."""
     evaluation: TuneEvaluationConfig | None = None
     """Held-out measurements during training and at the end."""
 

@@ -108,6 +108,38 @@ def test_an_epoch_holds_every_row_once_and_its_last_window_is_smaller() -> None:
     assert [window.epoch for window in windows] == [0.4, 0.8, 1.0, 1.4, 1.8, 2.0]
 
 
+def test_grouping_by_length_keeps_the_rows_of_every_window() -> None:
+    """Rows 1, 3, ... of a window are longer; grouped, each micro-batch holds rows of one length."""
+
+    def longer(sample: Sample) -> Example:
+        example = encode(sample)
+        (branch,) = example.branches
+        if int(sample.messages[0].text) % 2 == 0:
+            return example
+        twice = replace(
+            branch,
+            **{name: torch.cat([getattr(branch, name)] * 2) for name in ("input_ids", "labels", "kinds", "weights")},
+        )
+        return replace(example, branches=(twice,))
+
+    def run(group_by_length: bool, **changes: Any) -> list[Window]:
+        options = {"global_batch": 8, "micro_batch": 4, "steps": 3, "prefetch": 0, **changes}
+        config = LoaderConfig(**options, group_by_length=group_by_length)
+        data = [Numbers("a", 16, broken=(5,))]
+        return list(Loader(data, Mixture([16], [None], 0), longer, PICTURES, config).windows())
+
+    plain, grouped = (run(value, on_bad_row="skip") for value in (False, True))
+    assert [sorted(rows(window)) for window in plain] == [sorted(rows(window)) for window in grouped]
+    assert [window.skipped for window in plain] == [window.skipped for window in grouped]
+    for window in grouped:
+        lengths = [length for batch in window.batches for length in batch.lengths.tolist()]
+        assert lengths == sorted(lengths)
+    padding = [
+        sum(int((~batch.attention_mask.bool()).sum()) for w in run_ for batch in w.batches) for run_ in (plain, grouped)
+    ]
+    assert padding[1] < padding[0]
+
+
 @pytest.mark.requirement("A-33")
 def test_the_order_is_that_of_the_mixture() -> None:
     mixture = Mixture([6, 4], [None, None], 3)

@@ -68,6 +68,8 @@ def test_a_dialogue_asks_different_questions() -> None:
         asked = questions.dialogue(sample_scene("train", 0, number), random.Random(number), 6)
         assert 4 <= len(asked) <= 6
         assert len({question.text for question in asked}) == len(asked)
+        order = [questions.GIVEN_AWAY.index(question.task) for question in asked]
+        assert order == sorted(order)
 
 
 def test_an_invented_answer_is_wrong_in_what_it_says() -> None:

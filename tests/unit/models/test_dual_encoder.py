@@ -377,6 +377,36 @@ def test_equal_captions_are_embedded_once_with_the_same_gradients(parts: Path, k
     assert relative_distance(found[0][1], found[1][1]) < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip", "composed"])
+def test_captions_of_like_length_are_embedded_together_with_the_same_gradients(
+    parts: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(parts, kind)
+    loaded.model.double()
+    wrapped = scorer(loaded).eval()
+    shapes: list[tuple[int, int]] = []
+    loaded.model.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    captions = ["a cat on a mat and a dog", "a", "a cat", "a dog on a mat", "the dog"]
+    one = batch(loaded, captions, [(index % 3,) for index in range(5)])
+    one = replace(one, pixels={"pixel_values": one.pixels["pixel_values"].double()}, text_keys=torch.arange(5))
+    found = []
+    for together in (32, 2):
+        monkeypatch.setattr("triptych.models.dual_encoder.TEXTS_TOGETHER", together)
+        loaded.model.zero_grad()
+        scores = wrapped(one)
+        weights = torch.arange(scores.text_embeddings.numel()).view_as(scores.text_embeddings).double()
+        (scores.text_embeddings * weights).sum().backward()
+        gradients = {name: item.grad for name, item in loaded.model.named_parameters() if item.grad is not None}
+        found.append((scores.text_embeddings, gradients))
+    assert [rows for rows, _ in shapes] == [5, 2, 2, 1]
+    if wrapped.text_length is None:  # SigLIP's text tower always reads its full length
+        assert shapes[1][1] < shapes[3][1] == shapes[0][1]
+    assert (found[0][0] - found[1][0]).abs().max() < 1e-12
+    assert relative_distance(found[0][1], found[1][1]) < 1e-12
+
+
 def test_captions_that_are_trained_with_dropout_each_have_their_own_mask(parts: Path) -> None:
     loaded = load(parts, "composed")
     wrapped = scorer(loaded)

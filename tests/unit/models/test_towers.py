@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import AutoConfig
 
@@ -172,3 +173,25 @@ def test_other_names_and_older_spellings_of_fields_are_accepted() -> None:
     assert (config.n_embd, config.num_attention_heads) == (8, 2)
     older = _from_fields({"model_type": "llama", "rope_theta": 5e5})
     assert older.rope_parameters["rope_theta"] == 5e5
+
+
+def test_new_position_embeddings_are_drawn_as_large_as_asked_for() -> None:
+    values = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 4,
+    }
+    for std, expected in ((None, 1 / 8), (0.7, 0.7)):
+        config = VisionConfig.model_validate({"config": values, "position_std": std})
+        tower = load_vision_tower(config, torch.float32, pooled=False).model
+        (positions,) = [item for name, item in tower.named_parameters() if "position_embedding" in name]
+        assert positions.std().item() == pytest.approx(expected, rel=0.1)
+
+
+def test_position_embeddings_of_a_checkpoint_are_its_own() -> None:
+    with pytest.raises(ValidationError, match="a checkpoint has its own positions"):
+        VisionConfig.model_validate({"from": "somewhere", "position_std": 1.0})

@@ -17,7 +17,7 @@ def test_every_kind_is_built_from_its_configuration(kind):
 
 def test_table_and_union_hold_the_same_kinds():
     tags = CONFIG.json_schema()["discriminator"]["mapping"]
-    assert set(tags) == set(OBJECTIVES) == {"language", "contrastive", "dpo"}
+    assert set(tags) == set(OBJECTIVES) == {"language", "bag_of_words", "contrastive", "dpo"}
 
 
 def test_unknown_kind_and_unknown_key_are_refused():

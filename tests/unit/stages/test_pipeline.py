@@ -187,9 +187,11 @@ def test_a_finished_stage_is_skipped_only_for_the_same_recipe_and_models(files: 
         (run / name).mkdir(parents=True)
         stage = next(item for item in read_stages(load_tree(pipeline)) if item.output.name == name)
         (run / name / "recipe.yaml").write_text(yaml.safe_dump(resolved(stage.recipe)))
-        (run / name / "finished.json").write_text("{}")
+        (run / name / "finished.json").write_text(json.dumps({"steps": 3, "evaluation": {"recall_i2t@1": 0.5}}))
         assert stage.is_ready and stage.skips()
-    assert succeed(triptych("train", pipeline)).count("finished before") == 3
+    said = succeed(triptych("train", pipeline))
+    assert said.count("finished before") == 3
+    assert "What came out" in said and said.count("recall_i2t@1 0.5") == 3
 
     write(tmp_path / "towers.yaml", yaml.safe_load((tmp_path / "towers.yaml").read_text()), lr=0.5, max_length=40)
     refused = triptych("train", pipeline)

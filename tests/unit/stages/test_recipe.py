@@ -8,16 +8,7 @@ import pytest
 
 from tests.commands import read_recipe, write
 from tests.recipes.tiny_recipes import RECIPES, Files
-from triptych.core.config import load_tree
 from triptych.core.errors import ConfigError
-from triptych.stages.pipeline import read_stages
-
-SHIPPED = sorted((Path(__file__).parents[3] / "recipes").rglob("*.yaml"))
-
-
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_every_shipped_recipe_is_valid(file: Path) -> None:
-    assert read_stages(load_tree(file))
 
 
 @pytest.mark.parametrize("kind", RECIPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,3 +78,35 @@ def test_full_tuning_learns_and_trains_everything(files: Files, tmp_path: Path) 
     after = dict(AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model").named_parameters())
     moved = [name for name, item in before.items() if name in after and not torch.equal(item, after[name])]
     assert len(moved) == len(before)
+
+
+def _aligning(files: Files, folder: Path, **changes: Any) -> Path:
+    values = {"output": str(folder / "run"), **tune(files)}
+    rules = [{"match": "vision", "method": "frozen"}, {"match": "connector", "method": "full"}]
+    loader = {"global_batch": 24, "micro_batch": 12, "epochs": None, "steps": 12}
+    options = {"objective": {"kind": "bag_of_words"}, "tuning": [*rules, {"match": "language", "method": "frozen"}]}
+    return write(folder / "recipe.yaml", values, loader=loader, lr=1e-2, **{**options, **changes})
+
+
+def test_bag_of_words_teaches_the_connector_and_nothing_else(files: Files, tmp_path: Path) -> None:
+    recipe = _aligning(files, tmp_path)
+    seed_everything(0)
+    before = {name: item.clone() for name, item in build_tune(read_recipe(recipe)).scorer.hf.named_parameters()}
+    done = triptych("train", recipe)
+    assert done.status == 0, done.err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "step"]
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    assert {"bag_of_words", "picture_scale"} <= steps[0]["terms"].keys()
+    assert "picture_token_scale" in steps[0]["metrics"]
+    after = dict(AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model").named_parameters())
+    moved = {name for name, item in before.items() if not torch.equal(item, after[name])}
+    assert moved == {name for name in before if "multi_modal_projector" in name} and moved
+
+
+def test_bag_of_words_refuses_what_it_cannot_train(files: Files, tmp_path: Path) -> None:
+    rules = [{"match": part, "method": "full"} for part in ("vision", "connector", "language")]
+    done = triptych("train", _aligning(files, tmp_path, tuning=rules))
+    assert done.status == 1
+    assert "trains vision and connector alone, the tuning plan trains language too" in done.err
+    assert "freeze the language model here" in done.err

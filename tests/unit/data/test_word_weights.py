@@ -1,0 +1,78 @@
+"""Rare words weigh more, repeated ones once, rows without pictures are named."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from triptych.core.errors import DataError, Problem
+from triptych.core.types import IGNORE, Branch, Example, ImageReference, Origin, Sample
+from triptych.data.word_weights import WordWeights, count_words
+
+
+def _branch(labels: Sequence[int], weight: float = 1.0) -> Branch:
+    ids = torch.tensor(labels, dtype=torch.long)
+    weights = torch.where(ids != IGNORE, weight, 0.0)
+    return Branch(ids, ids, torch.zeros(len(labels), dtype=torch.uint8), weights)
+
+
+def _example(labels: Sequence[int], pictures: int = 1, weight: float = 1.0) -> Example:
+    images = tuple(ImageReference(f"{number}.png") for number in range(pictures))
+    trunk = _branch([IGNORE, IGNORE])
+    return Example(trunk, (_branch(labels, weight),), images, ((8, 8),) * pictures, Origin("rows.json", 3))
+
+
+class _Rows:
+    """Rows that are already numbers: `encode` looks the answer up."""
+
+    def __init__(self, answers: Sequence[Sequence[int] | None], start: int = 0) -> None:
+        self.answers, self.start, self.asked = answers, start, []
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def sample(self, index: int) -> Sample:
+        self.asked.append(index)
+        if self.answers[index] is None:
+            raise DataError(Problem(f"row {index} is broken"))
+        return Sample((), Origin("rows.json", index + 1, id=json.dumps(self.answers[index])))
+
+
+def _encode(sample: Sample) -> Example:
+    return _example(json.loads(sample.origin.id))
+
+
+def test_weights_are_inverse_document_frequencies_and_broken_rows_are_left_out() -> None:
+    rows = _Rows([[5, 6, 9], [5, 5, 9], None, [7, 9]])
+    words = count_words([rows], _encode)
+    assert words.ids == (5, 6, 7, 9)
+    assert words.values == pytest.approx((math.log(3 / 2), math.log(3), math.log(3), 0.0))
+
+
+def test_many_rows_are_read_evenly_over_all_data_sets() -> None:
+    first, second = _Rows([[1]] * 10), _Rows([[2]] * 10)
+    count_words([first, second], _encode, rows=5)
+    assert first.asked == [0, 4, 8] and second.asked == [2, 6]
+
+
+def test_nothing_to_count_is_an_error_with_the_rows_problems() -> None:
+    with pytest.raises(DataError, match="row 0 is broken"):
+        count_words([_Rows([None])], _encode)
+    with pytest.raises(DataError, match="there is no row"):
+        count_words([_Rows([])], _encode)
+
+
+def test_a_word_counts_once_with_its_rarity_and_unknown_words_do_not() -> None:
+    words = WordWeights((5, 6), (2.0, 0.5))
+    weighed = words.weigh(_example([5, 5, 8, 6, IGNORE], weight=3.0))
+    assert weighed.branches[0].weights.tolist() == [6.0, 0.0, 0.0, 1.5, 0.0]
+    assert torch.equal(weighed.branches[0].labels, _example([5, 5, 8, 6, IGNORE]).branches[0].labels)
+
+
+def test_a_row_without_a_picture_is_named() -> None:
+    with pytest.raises(DataError, match=r"rows.json:3: the row has no picture"):
+        WordWeights((5,), (1.0,)).weigh(_example([5], pictures=0))
