@@ -4,40 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from triptych.core.errors import DataError, Problem
 from triptych.core.types import IGNORE, Branch, Example, Sample
+from triptych.data.loader import Rows
 
 COUNTED_ROWS = 4000
 """Rows that are read, evenly spread over all, to count words."""
-
-
-class Rows(Protocol):
-    """A data set: rows by number."""
-
-    def __len__(self) -> int:
-        """How many."""
-        ...
-
-    def sample(self, index: int) -> Sample:
-        """A row; DataError where it cannot be used."""
-        ...
 
 
 @dataclass(frozen=True)
 class WordWeights:
     """Inverse document frequency of token ids: ln(rows / rows whose answers have the token)."""
 
-    ids: tuple[int, ...]
-    """The tokens of all answers that were read, in rising order."""
-    values: tuple[float, ...]
-    """Weight of each, 0 for a token of every answer."""
+    rarity: Mapping[int, float]
+    """Every token of the answers that were read -> its weight, 0 for a token of every answer."""
 
     def weigh(self, example: Example) -> Example:
         """The example with the weight of each supervised token times its rarity, repeated tokens counting once.
@@ -52,11 +38,12 @@ class WordWeights:
             raise DataError(
                 Problem("the row has no picture", file=example.origin.file, line=example.origin.line, remedy=remedy)
             )
-        known = dict(zip(self.ids, self.values, strict=True))
         seen: set[int] = set()
-        trunk = _weighed(example.trunk, known, seen)
+        trunk = _weighed(example.trunk, self.rarity, seen)
         return replace(
-            example, trunk=trunk, branches=tuple(_weighed(branch, known, set(seen)) for branch in example.branches)
+            example,
+            trunk=trunk,
+            branches=tuple(_weighed(branch, self.rarity, set(seen)) for branch in example.branches),
         )
 
 
@@ -86,8 +73,7 @@ def count_words(datasets: Sequence[Rows], encode: Callable[[Sample], Example], r
             frequencies.update(_answer_tokens(example.trunk) | _answer_tokens(branch))
     if not frequencies:
         raise DataError(problems[:5] or [Problem("there is no row to count words in")])
-    ids = tuple(sorted(frequencies))
-    return WordWeights(ids, tuple(math.log(documents / frequencies[token]) for token in ids))
+    return WordWeights({token: math.log(documents / count) for token, count in frequencies.items()})
 
 
 def _spread(datasets: Sequence[Rows], total: int, rows: int) -> Iterable[tuple[Rows, int]]:
@@ -104,11 +90,11 @@ def _answer_tokens(branch: Branch) -> set[int]:
     return set(labels[labels != IGNORE].tolist())
 
 
-def _weighed(branch: Branch, known: dict[int, float], seen: set[int]) -> Branch:
+def _weighed(branch: Branch, rarity: Mapping[int, float], seen: set[int]) -> Branch:
     factors: list[float] = []
     for token in branch.labels.tolist():
         counts = token != IGNORE and token not in seen
-        factors.append(known.get(token, 0.0) if counts else 0.0)
+        factors.append(rarity.get(token, 0.0) if counts else 0.0)
         seen.add(token)
     weights: Tensor = branch.weights * torch.tensor(factors, dtype=branch.weights.dtype)
     return replace(branch, weights=weights)

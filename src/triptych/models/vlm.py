@@ -110,7 +110,11 @@ class VlmScorer(nn.Module):
         dummy = self._dummy(batch.input_ids.device) if features is None and self._needs_dummy() else None
         self._check_counts(batch, features)
         if self.needs & WORD_NEEDS:
-            assert self.words is not None and features is not None
+            assert self.words is not None
+            if features is None:  # a padding batch of a window without one usable row
+                zero = torch.zeros((), device=batch.input_ids.device) if dummy is None else dummy
+                none = zero.expand(len(batch.supervised_rows))
+                return Scores(word_logprobs=none, picture_scales=zero.expand(0))
             logprobs, scales = self.words(batch, features.pooled, self.hf.get_input_embeddings())
             return Scores(word_logprobs=logprobs, picture_scales=scales)
         with self._added_to_embeddings(dummy):

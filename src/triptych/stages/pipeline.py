@@ -158,7 +158,7 @@ def train(path: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -
             continue
         with in_recipe(stage.tree):
             _run(stage, dry_run)
-    if len(stages) > 1 and not dry_run:
+    if len(stages) > 1 and not dry_run and is_main():  # the others may be ahead of what the main rank writes
         console.print(closing_table(stages))
 
 

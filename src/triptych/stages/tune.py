@@ -71,7 +71,7 @@ def with_objective(recipe: TuneRecipe, vlm: Vlm, datasets: list[Dataset]) -> tup
         vlm.loaded.components,
         needs=build_objective(objective).needs,
         pictures=vlm.loaded.pictures,
-        words=PictureWords(sorted({*words.ids, *others}), objective.temperature),
+        words=PictureWords(sorted({*words.rarity, *others}), objective.temperature),
     )
     return replace(vlm, scorer=scorer), lambda sample: words.weigh(encode(sample))
 

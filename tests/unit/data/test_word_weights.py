@@ -35,6 +35,12 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.answers)
 
+    def origin(self, index: int) -> Origin:
+        return Origin("rows.json", index + 1)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {}
+
     def sample(self, index: int) -> Sample:
         self.asked.append(index)
         if self.answers[index] is None:
@@ -49,8 +55,7 @@ def _encode(sample: Sample) -> Example:
 def test_weights_are_inverse_document_frequencies_and_broken_rows_are_left_out() -> None:
     rows = _Rows([[5, 6, 9], [5, 5, 9], None, [7, 9]])
     words = count_words([rows], _encode)
-    assert words.ids == (5, 6, 7, 9)
-    assert words.values == pytest.approx((math.log(3 / 2), math.log(3), math.log(3), 0.0))
+    assert words.rarity == pytest.approx({5: math.log(3 / 2), 6: math.log(3), 7: math.log(3), 9: 0.0})
 
 
 def test_many_rows_are_read_evenly_over_all_data_sets() -> None:
@@ -67,7 +72,7 @@ def test_nothing_to_count_is_an_error_with_the_rows_problems() -> None:
 
 
 def test_a_word_counts_once_with_its_rarity_and_unknown_words_do_not() -> None:
-    words = WordWeights((5, 6), (2.0, 0.5))
+    words = WordWeights({5: 2.0, 6: 0.5})
     weighed = words.weigh(_example([5, 5, 8, 6, IGNORE], weight=3.0))
     assert weighed.branches[0].weights.tolist() == [6.0, 0.0, 0.0, 1.5, 0.0]
     assert torch.equal(weighed.branches[0].labels, _example([5, 5, 8, 6, IGNORE]).branches[0].labels)
@@ -75,4 +80,4 @@ def test_a_word_counts_once_with_its_rarity_and_unknown_words_do_not() -> None:
 
 def test_a_row_without_a_picture_is_named() -> None:
     with pytest.raises(DataError, match=r"rows.json:3: the row has no picture"):
-        WordWeights((5,), (1.0,)).weigh(_example([5], pictures=0))
+        WordWeights({5: 1.0}).weigh(_example([5], pictures=0))

@@ -85,7 +85,7 @@ def _aligning(files: Files, folder: Path, **changes: Any) -> Path:
     rules = [{"match": "vision", "method": "frozen"}, {"match": "connector", "method": "full"}]
     loader = {"global_batch": 24, "micro_batch": 12, "epochs": None, "steps": 12}
     options = {"objective": {"kind": "bag_of_words"}, "tuning": [*rules, {"match": "language", "method": "frozen"}]}
-    return write(folder / "recipe.yaml", values, loader=loader, lr=1e-2, **{**options, **changes})
+    return write(folder / "recipe.yaml", values, **{"loader": loader, "lr": 1e-2, **options, **changes})
 
 
 def test_bag_of_words_teaches_the_connector_and_nothing_else(files: Files, tmp_path: Path) -> None:
@@ -110,3 +110,19 @@ def test_bag_of_words_refuses_what_it_cannot_train(files: Files, tmp_path: Path)
     assert done.status == 1
     assert "trains vision and connector alone, the tuning plan trains language too" in done.err
     assert "freeze the language model here" in done.err
+
+
+def test_bag_of_words_passes_over_a_window_without_one_usable_row(files: Files, tmp_path: Path) -> None:
+    source = json.loads((files.data / "train.json").read_text())
+    rows = [dict(row) for row in source]
+    for row in rows[1:]:
+        row.pop("image", None)
+        row["conversations"] = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    (tmp_path / "mostly.json").write_text(json.dumps(rows))
+    data = [{"format": "llava", "path": str(tmp_path / "mostly.json"), "images": str(files.data / "pictures")}]
+    loader = {"global_batch": 2, "micro_batch": 2, "epochs": 1, "steps": None, "on_bad_row": "skip"}
+    done = triptych("train", _aligning(files, tmp_path, data=data, loader=loader))
+    assert done.status == 0, done.err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "step"]
+    assert [line["samples"] for line in steps].count(0) == len(steps) - 1
