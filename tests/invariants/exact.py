@@ -114,7 +114,7 @@ def _vlm(objective: str, plan: str, dtype: torch.dtype) -> Case:
     }
     goal = goals[objective]
     vocabulary = model.get_input_embeddings().num_embeddings
-    found = PictureWords(range(vocabulary), 0.1) if objective == "bag_of_words" else None
+    found = PictureWords(range(vocabulary), 0.1, 0.3) if objective == "bag_of_words" else None
     scorer = VlmScorer(model, components, needs=goal.needs, pictures=pictures, chunk_size=7, words=found)
     scorer.get_submodule(UNUSED).requires_grad_(False)
     reference: Reference | None = None

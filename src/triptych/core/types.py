@@ -340,7 +340,8 @@ class WindowValues:
 ScoreField = Literal[
     "token_logprobs",
     "word_logprobs",
-    "picture_scales",
+    "silence_logprobs",
+    "picture_distances",
     "values",
     "rewards",
     "image_embeddings",
@@ -360,8 +361,10 @@ class Scores:
     """[S] float32 natural log of p(label) at every supervised position."""
     word_logprobs: Tensor | None = None
     """[S] float32 natural log of the probability that the row's pictures name the label, see `PictureWords`."""
-    picture_scales: Tensor | None = None
-    """[N] float32 RMS of each picture's tokens over that of word embeddings."""
+    silence_logprobs: Tensor | None = None
+    """[R] float32 natural log of the probability that the row's pictures name no word."""
+    picture_distances: Tensor | None = None
+    """[N] float32 mean squared distance of each picture's tokens to the words they name, in units of the words' own."""
     values: Tensor | None = None
     """[S] float32 value estimates."""
     rewards: Tensor | None = None

@@ -123,3 +123,12 @@ def added_bos(tokenizer: Any) -> str:
     full = tokenizer("x")["input_ids"]
     has_bos = len(full) > len(bare) and full[0] == tokenizer.bos_token_id
     return str(tokenizer.bos_token) if has_bos else ""
+
+
+def first_token(tokenizer: Any) -> str:
+    """The beginning-of-sequence token if the vocabulary has one, for templates that would begin with a picture.
+
+    A language model uses the first token of a row as a place to attend to when there is nothing to say (the attention
+    sink of Xiao et al. 2023, arXiv 2309.17453): a picture token there would be lost.
+    """
+    return str(tokenizer.bos_token or "")

@@ -10,7 +10,16 @@ from triptych.core.config import did_you_mean
 from triptych.core.errors import DataError, ModelError
 from triptych.core.types import Message, TokenKind
 from triptych.data.chat_template import ChatTemplate
-from triptych.data.segments import Segment, Template, added_bos, fixed, learn, message_segments, require_token
+from triptych.data.segments import (
+    Segment,
+    Template,
+    added_bos,
+    first_token,
+    fixed,
+    learn,
+    message_segments,
+    require_token,
+)
 
 
 def build_template(name: str, tokenizer: Any, placeholder: str) -> Template:
@@ -52,7 +61,8 @@ class TurnStyle:
     bos_every_round: bool = False
     """Begin every round with the beginning-of-sequence token, not the row alone."""
     pictures_first: bool = False
-    """Write the pictures that lead a user turn before its role marker, each with a newline."""
+    """Write the pictures that lead a user turn before its role marker, each with a newline. A row then begins with the
+    beginning-of-sequence token wherever the vocabulary has one, see `first_token`."""
 
 
 VICUNA_V1: Final = TurnStyle(
@@ -128,7 +138,7 @@ class TurnTemplate:
         if style.bos_every_round:
             self._bos = tokenizer.bos_token or ""
         else:
-            self._bos = added_bos(tokenizer)
+            self._bos = first_token(tokenizer) if style.pictures_first else added_bos(tokenizer)
         if style.user_open.startswith(self._bos):  # some ChatML vocabularies name `<|im_start|>` as their bos
             self._bos = ""
 
@@ -200,7 +210,7 @@ class PlainTemplate:
     def __init__(self, tokenizer: Any, placeholder: str) -> None:
         """See `build_template`."""
         self._placeholder = placeholder
-        self._bos = added_bos(tokenizer)
+        self._bos = first_token(tokenizer)
         self._end = require_token(tokenizer, tokenizer.eos_token, self.name)
 
     def segments(

@@ -46,7 +46,7 @@ LLAMA2: Final = (
 """The built-in template `llama2`; every round begins with the beginning-of-sequence token."""
 
 BASIC: Final = (
-    "{% for message in messages %}"
+    "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}"
     "{% set user = namespace(text=message['content'], has_lead=false) %}"
     "{% for _ in range(message['content'].count(picture)) %}{% if user.text.startswith(picture) %}"
@@ -61,7 +61,7 @@ BASIC: Final = (
 """The built-in template `basic`; pictures that lead a user turn stand before its role marker."""
 
 PLAIN: Final = (
-    "{% for message in messages %}"
+    "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{% for _ in range(message['content'].count(picture)) %}{{ picture }}{% endfor %}"
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
@@ -75,7 +75,7 @@ CHAT_TEMPLATES: Final[Mapping[str, str]] = {
     "llama2": LLAMA2,
     "chatml": CHATML,
 }
-"""Name of a built-in template -> its Jinja form, without the beginning of a sequence and for text messages."""
+"""Name of a built-in template -> its Jinja form for text messages; where it names no `bos_token`, without one."""
 
 
 def chat_template(name: str, picture: str, begin: str = "") -> str:
@@ -93,7 +93,8 @@ def chat_template(name: str, picture: str, begin: str = "") -> str:
     if name not in CHAT_TEMPLATES:
         raise ModelError(f"unknown template `{name}`", remedy=did_you_mean(name, CHAT_TEMPLATES))
     text = CHAT_TEMPLATES[name]
-    # Some ChatML vocabularies name `<|im_start|>` as their bos; `llama2` writes it in every round.
+    # Some ChatML vocabularies name `<|im_start|>` as their bos; `llama2` writes it in every round,
+    # and templates that begin with a picture write it for tokenizers, too, that would not add it.
     writes_begin = "bos_token" in text or (begin and f"{{{{ '{begin}" in text)
     start = "{{ bos_token }}" if begin and not writes_begin else ""
     return flatten_parts(f"{{%- set picture = '{picture}' -%}}{start}{text}", picture)

@@ -22,9 +22,9 @@ from triptych.models.logprobs import DEFAULT_CHUNK, label_logprobs, shifted_stat
 from triptych.models.picture_words import PictureWords
 from triptych.models.pictures import PICTURE_TILES, model_inputs
 
-WORD_NEEDS: frozenset[ScoreField] = frozenset({"word_logprobs", "picture_scales"})
+WORD_NEEDS: frozenset[ScoreField] = frozenset({"word_logprobs", "silence_logprobs", "picture_distances"})
 """What is computed from pictures and word embeddings, without the language model."""
-SUPPORTED_NEEDS: frozenset[ScoreField] = frozenset({"token_logprobs", "word_logprobs", "picture_scales"})
+SUPPORTED_NEEDS: frozenset[ScoreField] = WORD_NEEDS | {"token_logprobs"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class VlmScorer(nn.Module):
             needs: fields of `Scores` to compute.
             chunk_size: positions whose logits live at the same time.
             pictures: makes the dummy picture of a micro-batch without pictures; needed when vision or connector train.
-            words: what pictures are compared with; needed for `word_logprobs` and `picture_scales`.
+            words: what pictures are compared with; needed for `word_logprobs` and what comes with it.
 
         Raises:
             ModelError: a field cannot be computed, or the model's logits are more than its head's output.
@@ -75,7 +75,7 @@ class VlmScorer(nn.Module):
                 )
             )
         if needs & WORD_NEEDS and (words is None or "token_logprobs" in needs):
-            raise ValueError("`word_logprobs` and `picture_scales` need `words`, and are computed without other fields")
+            raise ValueError(f"{', '.join(sorted(WORD_NEEDS))} need `words`, and are computed without other fields")
         check_plain_head(hf.config)
         if components.image_token_id is None:
             raise ModelError(Problem(f"{type(hf).__name__} has no image token", remedy="use a dual-encoder scorer"))
@@ -92,7 +92,7 @@ class VlmScorer(nn.Module):
         """Score a batch on the model's device.
 
         Returns:
-            `token_logprobs` [S], or `word_logprobs` [S] and `picture_scales` [N], where needed, and `auxiliary`, the
+            `token_logprobs` [S], or the fields of `PictureWords`, where needed, and `auxiliary`, the
             router loss of a mixture-of-experts model that is configured to report it (`output_router_logits`), else
             None.
 
@@ -113,10 +113,11 @@ class VlmScorer(nn.Module):
             assert self.words is not None
             if features is None:  # a padding batch of a window without one usable row
                 zero = torch.zeros((), device=batch.input_ids.device) if dummy is None else dummy
-                none = zero.expand(len(batch.supervised_rows))
-                return Scores(word_logprobs=none, picture_scales=zero.expand(0))
-            logprobs, scales = self.words(batch, features.pooled, self.hf.get_input_embeddings())
-            return Scores(word_logprobs=logprobs, picture_scales=scales)
+                sizes = len(batch.supervised_rows), batch.num_rows, 0
+                spoken, silent, distances = (zero.expand(size) for size in sizes)
+            else:
+                spoken, silent, distances = self.words(batch, features.pooled, self.hf.get_input_embeddings())
+            return Scores(word_logprobs=spoken, silence_logprobs=silent, picture_distances=distances)
         with self._added_to_embeddings(dummy):
             outputs = self.hf.base_model(
                 input_ids=batch.input_ids,

@@ -11,7 +11,7 @@ from triptych.core.errors import ModelError, Problem
 from triptych.core.protocols import Evaluator
 from triptych.core.types import Example, Sample
 from triptych.data.formats import Dataset
-from triptych.data.word_weights import count_words
+from triptych.data.rare_words import find_rare_words
 from triptych.engine.parallel import Runtime
 from triptych.evaluation.answers import AnswerAccuracy
 from triptych.evaluation.held_out import HeldOutLoss
@@ -51,7 +51,7 @@ def with_objective(recipe: TuneRecipe, vlm: Vlm, datasets: list[Dataset]) -> tup
 
     Raises:
         ModelError: `bag_of_words`, and weights are trained that it gives no gradient.
-        DataError: `bag_of_words`, and no row can be used.
+        DataError: `bag_of_words`, and no row can be used, or no word is rare.
     """
     encode = plain_rows(vlm.encoder.encode)
     objective = recipe.objective
@@ -62,7 +62,7 @@ def with_objective(recipe: TuneRecipe, vlm: Vlm, datasets: list[Dataset]) -> tup
         problem = f"`bag_of_words` trains vision and connector alone, the tuning plan trains {', '.join(untouched)} too"
         remedy = "freeze the language model here, and tune it in a later stage"
         raise ModelError(Problem(problem, key="objective.kind", remedy=remedy))
-    words = count_words(datasets, encode)
+    words = find_rare_words(datasets, encode, objective.common_share)
     vocabulary = vlm.loaded.model.get_input_embeddings().num_embeddings
     count = min(objective.other_words, vocabulary)
     others = (index * vocabulary // count for index in range(count))
@@ -71,7 +71,7 @@ def with_objective(recipe: TuneRecipe, vlm: Vlm, datasets: list[Dataset]) -> tup
         vlm.loaded.components,
         needs=build_objective(objective).needs,
         pictures=vlm.loaded.pictures,
-        words=PictureWords(sorted({*words.rarity, *others}), objective.temperature),
+        words=PictureWords(sorted({*words.tokens, *others}), objective.temperature, objective.silence),
     )
     return replace(vlm, scorer=scorer), lambda sample: words.weigh(encode(sample))
 

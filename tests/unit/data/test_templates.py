@@ -122,6 +122,16 @@ def test_bos_stands_once() -> None:
     assert text_of(build_template("llama2", qwen(), "<image>").segments(ROUNDS[:2])).startswith("[INST]")
 
 
+def test_a_row_that_would_begin_with_a_picture_begins_with_bos_wherever_there_is_one() -> None:
+    def written(name, tokenizer):
+        return text_of(build_template(name, tokenizer, "<image>").segments(ROUNDS[:2]))
+
+    for name in ("plain", "basic"):
+        assert written(name, smollm2()).startswith("<|im_start|><image>")
+        assert written(name, qwen()).startswith("<image>")
+    assert written("vicuna_v1", smollm2()).startswith("A chat")
+
+
 def test_turns_without_weight_or_before_the_answers_are_not_learned() -> None:
     template = build_template("chatml", smollm2(), "<image>")
     silent = (ROUNDS[0], say("assistant", "A dog.", weight=0.0), *ROUNDS[2:])

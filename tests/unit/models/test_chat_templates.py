@@ -96,7 +96,7 @@ def test_a_caption_model_is_asked_with_the_picture_alone() -> None:
     tokenizer = with_template(tiny_tokenizer(), chat_template("plain", "<image>"))
     messages = [say("system", "Be brief."), say("user", "Describe ", PICTURE, " it.")]
     text = tokenizer.apply_chat_template(as_parts(messages), tokenize=False, add_generation_prompt=True)
-    assert text == "<image>"
+    assert text == "<s><image>"
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)

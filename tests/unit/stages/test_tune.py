@@ -97,8 +97,8 @@ def test_bag_of_words_teaches_the_connector_and_nothing_else(files: Files, tmp_p
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["event"] == "step"]
     assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
-    assert {"bag_of_words", "picture_scale"} <= steps[0]["terms"].keys()
-    assert "picture_token_scale" in steps[0]["metrics"]
+    assert {"bag_of_words", "commitment"} <= steps[0]["terms"].keys()
+    assert "silence" in steps[0]["metrics"]
     after = dict(AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model").named_parameters())
     moved = {name for name, item in before.items() if not torch.equal(item, after[name])}
     assert moved == {name for name in before if "multi_modal_projector" in name} and moved

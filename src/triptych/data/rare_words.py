@@ -1,14 +1,12 @@
-"""Weights of words by how rare they are among answers, so that `dog` counts and `the` does not."""
+"""Which words of answers are rare enough to be looked for in pictures, so that `dog` counts and `the` does not."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from triptych.core.errors import DataError, Problem
 from triptych.core.types import IGNORE, Branch, Example, Sample
@@ -19,16 +17,15 @@ COUNTED_ROWS = 4000
 
 
 @dataclass(frozen=True)
-class WordWeights:
-    """Inverse document frequency of token ids: ln(rows / rows whose answers have the token)."""
+class RareWords:
+    """Tokens that few answers have."""
 
-    rarity: Mapping[int, float]
-    """Every token of the answers that were read -> its weight, 0 for a token of every answer."""
+    tokens: frozenset[int]
 
     def weigh(self, example: Example) -> Example:
-        """The example with the weight of each supervised token times its rarity, repeated tokens counting once.
+        """The example with the weight 0 at every supervised token that is not rare; occurrences all count.
 
-        A token that was never counted weighs nothing: no picture token is compared with it.
+        A token that was never counted weighs nothing either: no picture token is compared with it.
 
         Raises:
             DataError: the row has no picture to read words from.
@@ -38,25 +35,30 @@ class WordWeights:
             raise DataError(
                 Problem("the row has no picture", file=example.origin.file, line=example.origin.line, remedy=remedy)
             )
-        seen: set[int] = set()
-        trunk = _weighed(example.trunk, self.rarity, seen)
         return replace(
             example,
-            trunk=trunk,
-            branches=tuple(_weighed(branch, self.rarity, set(seen)) for branch in example.branches),
+            trunk=self._weighed(example.trunk),
+            branches=tuple(self._weighed(branch) for branch in example.branches),
         )
 
+    def _weighed(self, branch: Branch) -> Branch:
+        is_rare = torch.tensor([token in self.tokens for token in branch.labels.tolist()], dtype=torch.bool)
+        return replace(branch, weights=branch.weights * is_rare)
 
-def count_words(datasets: Sequence[Rows], encode: Callable[[Sample], Example], rows: int = COUNTED_ROWS) -> WordWeights:
-    """Read rows and count in how many answers each token appears; rows that cannot be used are left to the loader.
+
+def find_rare_words(
+    datasets: Sequence[Rows], encode: Callable[[Sample], Example], share: float, rows: int = COUNTED_ROWS
+) -> RareWords:
+    """Read rows and keep the tokens of few answers; rows that cannot be used are left to the loader.
 
     Args:
         datasets: the training data.
         encode: makes the tokens of a row.
+        share: of the answers, that a rare token is in at most.
         rows: how many to read, evenly spread over all data sets together.
 
     Raises:
-        DataError: no row that was read can be used; the first rows' problems.
+        DataError: no row that was read can be used (the first rows' problems), or no token is rare.
     """
     total = sum(len(dataset) for dataset in datasets)
     frequencies: Counter[int] = Counter()
@@ -73,7 +75,13 @@ def count_words(datasets: Sequence[Rows], encode: Callable[[Sample], Example], r
             frequencies.update(_answer_tokens(example.trunk) | _answer_tokens(branch))
     if not frequencies:
         raise DataError(problems[:5] or [Problem("there is no row to count words in")])
-    return WordWeights({token: math.log(documents / count) for token, count in frequencies.items()})
+    found = frozenset(token for token, count in frequencies.items() if count <= share * documents)
+    if not found:
+        message = f"every token of {documents} answers is in more than {share:.0%} of them"
+        raise DataError(
+            Problem(message, key="objective.common_share", remedy="raise it, or use more different answers")
+        )
+    return RareWords(found)
 
 
 def _spread(datasets: Sequence[Rows], total: int, rows: int) -> Iterable[tuple[Rows, int]]:
@@ -88,13 +96,3 @@ def _spread(datasets: Sequence[Rows], total: int, rows: int) -> Iterable[tuple[R
 def _answer_tokens(branch: Branch) -> set[int]:
     labels = branch.labels
     return set(labels[labels != IGNORE].tolist())
-
-
-def _weighed(branch: Branch, rarity: Mapping[int, float], seen: set[int]) -> Branch:
-    factors: list[float] = []
-    for token in branch.labels.tolist():
-        counts = token != IGNORE and token not in seen
-        factors.append(rarity.get(token, 0.0) if counts else 0.0)
-        seen.add(token)
-    weights: Tensor = branch.weights * torch.tensor(factors, dtype=branch.weights.dtype)
-    return replace(branch, weights=weights)

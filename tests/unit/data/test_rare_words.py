@@ -1,9 +1,8 @@
-"""Rare words weigh more, repeated ones once, rows without pictures are named."""
+"""Rare words are kept with all their occurrences, rows without pictures are named."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from triptych.core.errors import DataError, Problem
 from triptych.core.types import IGNORE, Branch, Example, ImageReference, Origin, Sample
-from triptych.data.word_weights import WordWeights, count_words
+from triptych.data.rare_words import RareWords, find_rare_words
 
 
 def _branch(labels: Sequence[int], weight: float = 1.0) -> Branch:
@@ -52,32 +51,33 @@ def _encode(sample: Sample) -> Example:
     return _example(json.loads(sample.origin.id))
 
 
-def test_weights_are_inverse_document_frequencies_and_broken_rows_are_left_out() -> None:
+def test_tokens_of_few_answers_are_rare_and_broken_rows_are_left_out() -> None:
     rows = _Rows([[5, 6, 9], [5, 5, 9], None, [7, 9]])
-    words = count_words([rows], _encode)
-    assert words.rarity == pytest.approx({5: math.log(3 / 2), 6: math.log(3), 7: math.log(3), 9: 0.0})
+    assert find_rare_words([rows], _encode, share=0.67).tokens == {5, 6, 7}
+    assert find_rare_words([rows], _encode, share=0.34).tokens == {6, 7}
+    with pytest.raises(DataError, match=r"common_share: every token of 3 answers is in more than 10% of them"):
+        find_rare_words([rows], _encode, share=0.1)
 
 
 def test_many_rows_are_read_evenly_over_all_data_sets() -> None:
     first, second = _Rows([[1]] * 10), _Rows([[2]] * 10)
-    count_words([first, second], _encode, rows=5)
+    find_rare_words([first, second], _encode, share=1.0, rows=5)
     assert first.asked == [0, 4, 8] and second.asked == [2, 6]
 
 
 def test_nothing_to_count_is_an_error_with_the_rows_problems() -> None:
     with pytest.raises(DataError, match="row 0 is broken"):
-        count_words([_Rows([None])], _encode)
+        find_rare_words([_Rows([None])], _encode, share=1.0)
     with pytest.raises(DataError, match="there is no row"):
-        count_words([_Rows([])], _encode)
+        find_rare_words([_Rows([])], _encode, share=1.0)
 
 
-def test_a_word_counts_once_with_its_rarity_and_unknown_words_do_not() -> None:
-    words = WordWeights({5: 2.0, 6: 0.5})
-    weighed = words.weigh(_example([5, 5, 8, 6, IGNORE], weight=3.0))
-    assert weighed.branches[0].weights.tolist() == [6.0, 0.0, 0.0, 1.5, 0.0]
+def test_every_occurrence_of_a_rare_word_keeps_its_weight_and_other_tokens_lose_theirs() -> None:
+    weighed = RareWords(frozenset({5, 6})).weigh(_example([5, 5, 8, 6, IGNORE], weight=3.0))
+    assert weighed.branches[0].weights.tolist() == [3.0, 3.0, 0.0, 3.0, 0.0]
     assert torch.equal(weighed.branches[0].labels, _example([5, 5, 8, 6, IGNORE]).branches[0].labels)
 
 
 def test_a_row_without_a_picture_is_named() -> None:
     with pytest.raises(DataError, match=r"rows.json:3: the row has no picture"):
-        WordWeights({5: 1.0}).weigh(_example([5], pictures=0))
+        RareWords(frozenset({5})).weigh(_example([5], pictures=0))
