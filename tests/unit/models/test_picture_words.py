@@ -66,6 +66,16 @@ def test_logprobs_distances_and_gradients_equal_the_formula_by_hand() -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+def test_distances_pull_pictures_to_words_and_not_words_to_pictures() -> None:
+    embeddings = nn.Embedding(5, 6)
+    picture = embeddings.weight.detach()[3:4].mul(0.5).requires_grad_()
+    batch = _batch([[IGNORE, 3]], ((0,),))
+    _, _, distances = PictureWords(range(5), 0.1, 0.3)(batch, [picture], embeddings)
+    distances.sum().backward()
+    assert picture.grad is not None and (picture.grad * picture).sum() < 0  # a step makes it longer, toward the word
+    assert embeddings.weight.grad is None
+
+
 def test_the_scorer_runs_pictures_only_and_gives_the_connector_gradients() -> None:
     model, tokenizer, image_processor = tiny_family("llava")
     pictures = make_pictures(model.config, image_processor, tokenizer)

@@ -104,6 +104,15 @@ def test_bag_of_words_teaches_the_connector_and_nothing_else(files: Files, tmp_p
     assert moved == {name for name in before if "multi_modal_projector" in name} and moved
 
 
+def test_options_of_bag_of_words_reach_what_uses_them(files: Files, tmp_path: Path) -> None:
+    options = {"kind": "bag_of_words", "temperature": 0.2, "silence": 0.6}
+    words = build_tune(read_recipe(_aligning(files, tmp_path, objective=options))).scorer.words
+    assert (words.temperature, words.silence) == (0.2, 0.6)
+    refused = triptych("train", _aligning(files, tmp_path, objective={**options, "common_share": 1e-4}))
+    assert refused.status == 1
+    assert "objective.common_share: every token of" in refused.err and "raise it" in refused.err
+
+
 def test_bag_of_words_refuses_what_it_cannot_train(files: Files, tmp_path: Path) -> None:
     rules = [{"match": part, "method": "full"} for part in ("vision", "connector", "language")]
     done = triptych("train", _aligning(files, tmp_path, tuning=rules))
