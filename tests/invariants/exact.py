@@ -27,7 +27,7 @@ from triptych.engine.parallel import unwrap
 from triptych.engine.step import run_window
 from triptych.models.components import Components, find_components
 from triptych.models.dual_encoder import DualEncoderScorer, find_dual_components
-from triptych.models.picture_words import PictureWords
+from triptych.models.picture_words import PictureWords, ReadingRules
 from triptych.models.pictures import make_pictures
 from triptych.models.reference import AdapterOffReference, FrozenReference
 from triptych.models.tuning import TuningPlan, TuningRule, apply_tuning
@@ -114,7 +114,8 @@ def _vlm(objective: str, plan: str, dtype: torch.dtype) -> Case:
     }
     goal = goals[objective]
     vocabulary = model.get_input_embeddings().num_embeddings
-    found = PictureWords(range(vocabulary), 0.1, 0.3) if objective == "bag_of_words" else None
+    is_bag = objective == "bag_of_words"
+    found = PictureWords(range(vocabulary), ReadingRules(0.1, 0.3, context=0.5)) if is_bag else None
     scorer = VlmScorer(model, components, needs=goal.needs, pictures=pictures, chunk_size=7, words=found)
     scorer.get_submodule(UNUSED).requires_grad_(False)
     reference: Reference | None = None
@@ -125,12 +126,20 @@ def _vlm(objective: str, plan: str, dtype: torch.dtype) -> Case:
     def make(examples: Sequence[int]) -> Batch:
         rows: list[Row] = []
         for number in examples:
-            is_text = number % 3 == 2 and objective != "bag_of_words"
+            is_text = number % 3 == 2 and not is_bag
             prompt = (words(number, 2),) if is_text else (noise(seed=number), words(number, 2))
             rows += [(*prompt, Answer(words(number + 3, 1 + number % 5))), (*prompt, Answer(words(number + 7, 4)))]
-        return numbered(batch_of(rows, tokenizer, pictures), examples)
+        batch = numbered(batch_of(rows, tokenizer, pictures), examples)
+        return _with_context(batch) if is_bag else batch
 
     return Case(scorer.train(), goal, block_paths(components), make, reference)
+
+
+def _with_context(batch: Batch) -> Batch:
+    """Every second token of the vocabulary is not looked for, but context."""
+    is_context = batch.labels[batch.supervised] % 2 == 0
+    weights = batch.weights.masked_fill(batch.supervised & (batch.labels % 2 == 0), 0.0)
+    return replace(batch, weights=weights, token_values={"context": 1.5 * is_context.float()})
 
 
 def _dual(loss: str, plan: str, dtype: torch.dtype) -> Case:

@@ -20,6 +20,9 @@ from torch.utils import _pytree
 IGNORE = -100
 """Label of a position that is not supervised."""
 
+CONTEXT = "context"
+"""Name in `token_values`: how much a token counts as the context of the looked-for word before it (`bag_of_words`)."""
+
 
 class TokenKind(IntEnum):
     """What a token is; its default loss weight follows from it (`data/tokenize.py`)."""
@@ -364,7 +367,7 @@ class Scores:
     silence_logprobs: Tensor | None = None
     """[R] float32 natural log of the probability that the row's pictures name no word."""
     picture_distances: Tensor | None = None
-    """[N] float32 mean squared distance of each picture's tokens to the words they name, in units of the words' own."""
+    """[R] float32 mean squared distance of picture tokens to the words they name, over the words' mean square."""
     values: Tensor | None = None
     """[S] float32 value estimates."""
     rewards: Tensor | None = None

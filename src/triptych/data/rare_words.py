@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from triptych.core.errors import DataError, Problem
-from triptych.core.types import IGNORE, Branch, Example, Sample
+from triptych.core.types import CONTEXT, IGNORE, Branch, Example, Sample
 from triptych.data.loader import Rows
 
 COUNTED_ROWS = 4000
@@ -18,14 +19,17 @@ COUNTED_ROWS = 4000
 
 @dataclass(frozen=True)
 class RareWords:
-    """Tokens that few answers have."""
+    """Tokens that few answers have, and how telling the others are."""
 
     tokens: frozenset[int]
+    common: Mapping[int, float] = field(default_factory=dict)
+    """Natural log of the answers over those with the token, for tokens that are not rare: 0 if all have it."""
 
     def weigh(self, example: Example) -> Example:
         """The example with the weight 0 at every supervised token that is not rare; occurrences all count.
 
-        A token that was never counted weighs nothing either: no picture token is compared with it.
+        A token that was never counted weighs nothing either: no picture token is compared with it. `token_values` get
+        what the common tokens weigh as context, 0 for the rare ones.
 
         Raises:
             DataError: the row has no picture to read words from.
@@ -38,12 +42,17 @@ class RareWords:
         return replace(
             example,
             trunk=self._weighed(example.trunk),
-            branches=tuple(self._weighed(branch) for branch in example.branches),
+            branches=tuple(self._with_context(example.trunk, branch) for branch in example.branches),
         )
 
     def _weighed(self, branch: Branch) -> Branch:
         is_rare = torch.tensor([token in self.tokens for token in branch.labels.tolist()], dtype=torch.bool)
         return replace(branch, weights=branch.weights * is_rare)
+
+    def _with_context(self, trunk: Branch, branch: Branch) -> Branch:
+        labels = [token for part in (trunk, branch) for token in part.labels.tolist() if token != IGNORE]
+        context = torch.tensor([self.common.get(token, 0.0) for token in labels])
+        return replace(self._weighed(branch), token_values={**branch.token_values, CONTEXT: context})
 
 
 def find_rare_words(
@@ -81,7 +90,7 @@ def find_rare_words(
         raise DataError(
             Problem(message, key="objective.common_share", remedy="raise it, or use more different answers")
         )
-    return RareWords(found)
+    return RareWords(found, {t: math.log(documents / n) for t, n in frequencies.items() if t not in found})
 
 
 def _spread(datasets: Sequence[Rows], total: int, rows: int) -> Iterable[tuple[Rows, int]]:

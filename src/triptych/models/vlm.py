@@ -113,11 +113,13 @@ class VlmScorer(nn.Module):
             assert self.words is not None
             if features is None:  # a padding batch of a window without one usable row
                 zero = torch.zeros((), device=batch.input_ids.device) if dummy is None else dummy
-                sizes = len(batch.supervised_rows), batch.num_rows, 0
-                spoken, silent, distances = (zero.expand(size) for size in sizes)
-            else:
-                spoken, silent, distances = self.words(batch, features.pooled, self.hf.get_input_embeddings())
-            return Scores(word_logprobs=spoken, silence_logprobs=silent, picture_distances=distances)
+                words, rows = zero.expand(len(batch.supervised_rows)), zero.expand(batch.num_rows)
+                return Scores(
+                    word_logprobs=words,
+                    silence_logprobs=rows,
+                    picture_distances=rows,
+                )
+            return self.words(batch, features.pooled, self.hf.get_input_embeddings())
         with self._added_to_embeddings(dummy):
             outputs = self.hf.base_model(
                 input_ids=batch.input_ids,

@@ -36,8 +36,14 @@ class BagOfWordsConfig(Config):
     other_words: int = Field(default=4000, ge=0)
     """Words of the vocabulary, evenly spread over it, that picture tokens are told apart from beside those of the
     answers; with few of them a picture token need not come close to any word."""
-    commitment_coefficient: float = Field(default=1.0, ge=0)
-    """Factor of the squared distance of picture tokens to the embeddings of the words they name; nothing is 0."""
+    context: float = Field(default=0.0, ge=0)
+    """How much of the common words that follow a looked-for word, up to the next one, its picture token should carry
+    beside it (`at the top left`), each by the log of how few answers have it; 0 for none."""
+    commitment_coefficient: float = Field(default=10.0, ge=0)
+    """Factor of the squared distance of picture tokens to the embeddings of what they name, with its context; nothing
+    is 0."""
+    silent_commitment: float = Field(default=0.1, ge=0)
+    """Share of that for tokens that name nothing; with much of it all fall silent before they have learned a word."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +63,19 @@ class BagOfWordsObjective:
         return {"bag_of_words": 1.0, "commitment": self.config.commitment_coefficient}
 
     def weights(self, batch: Batch, progress: Progress) -> Mapping[str, Tensor]:
-        """Picture tokens that words or silence are asked of, and pictures of all rows; 0 for a padding batch."""
+        """Picture tokens that words or silence are asked of, and rows; 0 for a padding batch."""
         spoken, silent = self._asked(batch)
-        pictures = 0.0 if batch.is_padding else float(len(_shown(batch)))
-        return {
-            "bag_of_words": spoken.sum() + silent.sum(),
-            "commitment": torch.tensor(pictures, device=spoken.device),
-        }
+        rows = 0.0 if batch.is_padding else float(batch.num_rows)
+        return {"bag_of_words": spoken.sum() + silent.sum(), "commitment": torch.tensor(rows, device=spoken.device)}
 
     def terms(self, scores: Scores, batch: Batch, window: WindowValues | None) -> Mapping[str, Tensor]:
-        """Negative log-likelihood of words and silence, summed over picture tokens; distances, summed over pictures."""
+        """Negative log-likelihood of words and silence, summed over picture tokens; distances, summed over rows."""
         assert scores.word_logprobs is not None
         assert scores.silence_logprobs is not None and scores.picture_distances is not None
         spoken, silent = self._asked(batch)
         named = -(spoken * scores.word_logprobs).sum() - (silent * scores.silence_logprobs).sum()
         is_counted = 0.0 if batch.is_padding else 1.0
-        return {"bag_of_words": named, "commitment": scores.picture_distances[_shown(batch)].sum() * is_counted}
+        return {"bag_of_words": named, "commitment": scores.picture_distances.sum() * is_counted}
 
     def metrics(self, scores: Scores, batch: Batch) -> Mapping[str, tuple[Tensor, Tensor]]:
         """`silence`: share of picture tokens that name nothing, mean over rows."""
@@ -87,8 +90,3 @@ class BagOfWordsObjective:
         tokens = (batch.kinds == TokenKind.IMAGE).sum(dim=1).to(spoken.dtype) * (0.0 if batch.is_padding else 1.0)
         words = torch.zeros_like(tokens).index_add(0, batch.supervised_rows, spoken)
         return spoken, (tokens - words).clamp(min=0)
-
-
-def _shown(batch: Batch) -> list[int]:
-    """The pictures of every row; one that two rows share counts twice, as it does when they are in two batches."""
-    return [index for row in batch.row_images for index in row]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from PIL import Image
 from pydantic import Field, TypeAdapter, ValidationError
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -198,7 +199,9 @@ def run_evaluation(recipe: EvaluationRecipe) -> dict[str, dict[str, dict[str, Ta
         summaries[item.data][item.run] = summarise(item.answers)
     differences = {name: _differences([item for item in evaluated if item.data == name]) for name in recipe.data}
     for name in recipe.data:
-        console.print(accuracy_table(name, summaries[name], differences[name]))
+        console.print(accuracy_table(name, summaries[name]))
+        if differences[name]:
+            console.print(gain_table(name, next(iter(summaries[name])), differences[name]))
     if recipe.output is not None:
         tree = {
             "summaries": {
@@ -327,29 +330,38 @@ def _differences(evaluated: Sequence[Evaluated]) -> dict[str, dict[str, Differen
     return {item.run: compare(evaluated[0].answers, item.answers) for item in evaluated[1:]}
 
 
-def accuracy_table(
-    name: str, runs: Mapping[str, Mapping[str, TaskSummary]], differences: Mapping[str, Mapping[str, Difference]]
-) -> Table:
-    """A line a task: n, accuracy with 95 % interval of each run, and what the first run gains over each other one."""
-    first = next(iter(runs))
-    table = Table(title=f"{name}: right answers, 95 % interval")
+def accuracy_table(name: str, runs: Mapping[str, Mapping[str, TaskSummary]]) -> Table:
+    """A line a task: n and accuracy with its 95 % interval for each run, in percent."""
+    table = Table(title=f"{name}: % right, 95 % interval", box=box.SIMPLE_HEAD)
     table.add_column("task")
     for run in runs:
         table.add_column("n", justify="right")
         table.add_column(Text(run), justify="right")
-    for run in differences:
-        table.add_column(Text(f"{first} - {run}"), justify="right")
-    for task in runs[first]:
+    for task in next(iter(runs.values())):
         cells: list[str] = []
         for tasks in runs.values():
             item = tasks.get(task)
-            cells += ["", ""] if item is None else [str(item.n), _percent(item)]
-        for gains in differences.values():
-            gain = gains.get(task)
-            cells.append("" if gain is None else f"{gain.gain:+.1%} [{gain.low:+.0%}, {gain.high:+.0%}]")
+            cells += ["", ""] if item is None else [str(item.n), _percent(item.accuracy, item.low, item.high)]
         table.add_row(Text(task), *cells)
     return table
 
 
-def _percent(item: TaskSummary) -> str:
-    return f"{item.accuracy:.1%} [{item.low:.0%}, {item.high:.0%}]"
+def gain_table(name: str, first: str, differences: Mapping[str, Mapping[str, Difference]]) -> Table:
+    """A line a task: n and how much the first run is ahead of each other one, in points of percent."""
+    table = Table(title=f"{name}: points that {first} is ahead", box=box.SIMPLE_HEAD)
+    table.add_column("task")
+    for run in differences:
+        table.add_column("n", justify="right")
+        table.add_column(Text(f"of {run}"), justify="right")
+    for task in next(iter(differences.values())):
+        cells: list[str] = []
+        for gains in differences.values():
+            gain = gains.get(task)
+            cells += ["", ""] if gain is None else [str(gain.n), _percent(gain.gain, gain.low, gain.high, sign="+")]
+        table.add_row(Text(task), *cells)
+    return table
+
+
+def _percent(value: float, low: float, high: float, sign: str = "") -> str:
+    """In percent, such as `66.9 [64, 70]`."""
+    return f"{100 * value:{sign}.1f} [{100 * low:{sign}.0f}, {100 * high:{sign}.0f}]"

@@ -15,7 +15,7 @@ from triptych.data.rare_words import find_rare_words
 from triptych.engine.parallel import Runtime
 from triptych.evaluation.answers import AnswerAccuracy
 from triptych.evaluation.held_out import HeldOutLoss
-from triptych.models.picture_words import PictureWords
+from triptych.models.picture_words import PictureWords, ReadingRules
 from triptych.models.vlm import VlmScorer
 from triptych.objectives import build_objective
 from triptych.objectives.bag_of_words import BagOfWordsConfig
@@ -66,12 +66,13 @@ def with_objective(recipe: TuneRecipe, vlm: Vlm, datasets: list[Dataset]) -> tup
     vocabulary = vlm.loaded.model.get_input_embeddings().num_embeddings
     count = min(objective.other_words, vocabulary)
     others = (index * vocabulary // count for index in range(count))
+    rules = ReadingRules(objective.temperature, objective.silence, objective.context, objective.silent_commitment)
     scorer = VlmScorer(
         vlm.loaded.model,
         vlm.loaded.components,
         needs=build_objective(objective).needs,
         pictures=vlm.loaded.pictures,
-        words=PictureWords(sorted({*words.tokens, *others}), objective.temperature, objective.silence),
+        words=PictureWords(sorted({*words.tokens, *others}), rules),
     )
     return replace(vlm, scorer=scorer), lambda sample: words.weigh(encode(sample))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,8 +55,10 @@ def _encode(sample: Sample) -> Example:
 
 def test_tokens_of_few_answers_are_rare_and_broken_rows_are_left_out() -> None:
     rows = _Rows([[5, 6, 9], [5, 5, 9], None, [7, 9]])
-    assert find_rare_words([rows], _encode, share=0.67).tokens == {5, 6, 7}
-    assert find_rare_words([rows], _encode, share=0.34).tokens == {6, 7}
+    found = find_rare_words([rows], _encode, share=0.67)
+    assert found.tokens == {5, 6, 7} and found.common == {9: 0.0}
+    found = find_rare_words([rows], _encode, share=0.34)
+    assert found.tokens == {6, 7} and found.common == {5: pytest.approx(math.log(3 / 2)), 9: 0.0}
     with pytest.raises(DataError, match=r"common_share: every token of 3 answers is in more than 10% of them"):
         find_rare_words([rows], _encode, share=0.1)
 
@@ -76,6 +80,13 @@ def test_every_occurrence_of_a_rare_word_keeps_its_weight_and_other_tokens_lose_
     weighed = RareWords(frozenset({5, 6})).weigh(_example([5, 5, 8, 6, IGNORE], weight=3.0))
     assert weighed.branches[0].weights.tolist() == [3.0, 3.0, 0.0, 3.0, 0.0]
     assert torch.equal(weighed.branches[0].labels, _example([5, 5, 8, 6, IGNORE]).branches[0].labels)
+
+
+def test_common_tokens_weigh_as_context_by_how_few_answers_have_them() -> None:
+    example = replace(_example([5, 8, IGNORE, 9]), trunk=_branch([IGNORE, 8]))
+    weighed = RareWords(frozenset({5}), {8: 0.5, 9: 0.1}).weigh(example)
+    assert weighed.branches[0].token_values["context"].tolist() == pytest.approx([0.5, 0.0, 0.5, 0.1])
+    assert weighed.trunk.weights.tolist() == [0.0, 0.0]
 
 
 def test_a_row_without_a_picture_is_named() -> None:

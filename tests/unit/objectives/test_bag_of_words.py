@@ -49,13 +49,13 @@ def test_terms_and_weights_by_hand():
     assert (total / count).item() == pytest.approx((2.718281828**-0.5 + 2.718281828**-0.25) / 2)
 
 
-def test_a_picture_of_two_rows_counts_as_often_in_one_batch_as_in_two():
+def test_two_rows_of_one_picture_count_alike_in_one_batch_and_in_two():
     whole = _batch([[None, 1.0], [None, 1.0]], ((0,), (0,)), (4, 4))
     part = _batch([[None, 1.0]], ((0,),), (4,))
-    together = OBJECTIVE.terms(_scores([-1.0, -2.0], [-0.5, -0.7], [3.0]), whole, None)
+    together = OBJECTIVE.terms(_scores([-1.0, -2.0], [-0.5, -0.7], [3.0, 2.0]), whole, None)
     apart = [
-        OBJECTIVE.terms(_scores([spoken], [silent], [3.0]), part, None)
-        for spoken, silent in ((-1.0, -0.5), (-2.0, -0.7))
+        OBJECTIVE.terms(_scores([spoken], [silent], [far]), part, None)
+        for spoken, silent, far in ((-1.0, -0.5, 3.0), (-2.0, -0.7, 2.0))
     ]
     for name, value in together.items():
         assert value.item() == pytest.approx(sum(item[name].item() for item in apart))

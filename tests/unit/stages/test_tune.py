@@ -15,6 +15,7 @@ from tests.recipes.tiny_recipes import Files, tune
 from tests.unit.stages.conftest import Run
 from triptych.engine.state import seed_everything
 from triptych.models.adapters import load_adapters, merge_adapters
+from triptych.models.picture_words import ReadingRules
 from triptych.stages.tune import build_tune
 
 
@@ -105,9 +106,10 @@ def test_bag_of_words_teaches_the_connector_and_nothing_else(files: Files, tmp_p
 
 
 def test_options_of_bag_of_words_reach_what_uses_them(files: Files, tmp_path: Path) -> None:
-    options = {"kind": "bag_of_words", "temperature": 0.2, "silence": 0.6}
+    rules = {"temperature": 0.2, "silence": 0.6, "context": 0.7, "silent_commitment": 0.4}
+    options = {"kind": "bag_of_words", **rules}
     words = build_tune(read_recipe(_aligning(files, tmp_path, objective=options))).scorer.words
-    assert (words.temperature, words.silence) == (0.2, 0.6)
+    assert words.rules == ReadingRules(**rules)
     refused = triptych("train", _aligning(files, tmp_path, objective={**options, "common_share": 1e-4}))
     assert refused.status == 1
     assert "objective.common_share: every token of" in refused.err and "raise it" in refused.err
