@@ -22,7 +22,7 @@ from tests.invariants.toys import runtime
 from tests.tiny import Answer, Row, batch_of, noise, tiny_clip, tiny_family, tiny_siglip
 from triptych.core import distributed
 from triptych.core.protocols import Reference
-from triptych.core.types import Batch, Origin, Progress, Window
+from triptych.core.types import CONTEXT, Batch, Origin, Progress, Window
 from triptych.engine.parallel import unwrap
 from triptych.engine.step import run_window
 from triptych.models.components import Components, find_components
@@ -137,9 +137,9 @@ def _vlm(objective: str, plan: str, dtype: torch.dtype) -> Case:
 
 def _with_context(batch: Batch) -> Batch:
     """Every second token of the vocabulary is not looked for, but context."""
-    is_context = batch.labels[batch.supervised] % 2 == 0
-    weights = batch.weights.masked_fill(batch.supervised & (batch.labels % 2 == 0), 0.0)
-    return replace(batch, weights=weights, token_values={"context": 1.5 * is_context.float()})
+    is_context = batch.supervised & (batch.labels % 2 == 0)
+    values = {CONTEXT: 1.5 * is_context[batch.supervised].float()}
+    return replace(batch, weights=batch.weights.masked_fill(is_context, 0.0), token_values=values)
 
 
 def _dual(loss: str, plan: str, dtype: torch.dtype) -> Case:

@@ -85,7 +85,9 @@ class PictureWords(nn.Module):
         said = named[:, columns].masked_fill(owners[:, None] != rows, -torch.inf)
         every_row = torch.arange(len(sizes), device=words.device)
         silent = named[:, -1:].masked_fill(owners[:, None] != every_row, -torch.inf)
-        targets = words[columns].detach() + self._contexts(batch, is_word, embeddings).detach()
+        targets = words[columns].detach()
+        if self.rules.context:
+            targets = targets + self._contexts(batch, is_word, embeddings).detach()
         distances = self._distances(tokens, said, named[:, -1], targets) / (length * counts[owners])
         spoken = said.logsumexp(dim=0) - counts[rows].log()
         return Scores(
@@ -114,10 +116,8 @@ class PictureWords(nn.Module):
         if follows.any():
             follows = follows & (rows[is_word][last.clamp(min=0)] == rows)
         found = _embed(embeddings, batch.labels[batch.supervised][follows])
-        contexts = found.new_zeros(int(is_word.sum()), found.shape[-1])
-        if not self.rules.context:
-            return contexts
         shares = self.rules.context * batch.token_values[CONTEXT][follows].to(found.dtype)
+        contexts = found.new_zeros(int(is_word.sum()), found.shape[-1])
         return contexts.index_add(0, last[follows], shares[:, None] * found)
 
     def _distances(self, tokens: Tensor, said: Tensor, silent: Tensor, targets: Tensor) -> Tensor:

@@ -332,36 +332,42 @@ def _differences(evaluated: Sequence[Evaluated]) -> dict[str, dict[str, Differen
 
 def accuracy_table(name: str, runs: Mapping[str, Mapping[str, TaskSummary]]) -> Table:
     """A line a task: n and accuracy with its 95 % interval for each run, in percent."""
-    table = Table(title=f"{name}: % right, 95 % interval", box=box.SIMPLE_HEAD)
-    table.add_column("task")
-    for run in runs:
-        table.add_column("n", justify="right")
-        table.add_column(Text(run), justify="right")
-    for task in next(iter(runs.values())):
-        cells: list[str] = []
-        for tasks in runs.values():
-            item = tasks.get(task)
-            cells += ["", ""] if item is None else [str(item.n), _percent(item.accuracy, item.low, item.high)]
-        table.add_row(Text(task), *cells)
-    return table
+    columns = {
+        run: {
+            task: (item.n, f"{_percent(item.accuracy, '.1f')} {_interval(item, '.0f')}") for task, item in tasks.items()
+        }
+        for run, tasks in runs.items()
+    }
+    return _table(f"{name}: % right, 95 % interval", columns)
 
 
 def gain_table(name: str, first: str, differences: Mapping[str, Mapping[str, Difference]]) -> Table:
     """A line a task: n and how much the first run is ahead of each other one, in points of percent."""
-    table = Table(title=f"{name}: points that {first} is ahead", box=box.SIMPLE_HEAD)
+    columns = {
+        f"of {run}": {
+            task: (item.n, f"{_percent(item.gain, '+.1f')} {_interval(item, '+.0f')}") for task, item in gains.items()
+        }
+        for run, gains in differences.items()
+    }
+    return _table(f"{name}: points that {first} is ahead", columns)
+
+
+def _table(title: str, columns: Mapping[str, Mapping[str, tuple[int, str]]]) -> Table:
+    """Column -> task -> (n, what to show); the tasks are those of the first column."""
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("task")
-    for run in differences:
+    for column in columns:
         table.add_column("n", justify="right")
-        table.add_column(Text(f"of {run}"), justify="right")
-    for task in next(iter(differences.values())):
-        cells: list[str] = []
-        for gains in differences.values():
-            gain = gains.get(task)
-            cells += ["", ""] if gain is None else [str(gain.n), _percent(gain.gain, gain.low, gain.high, sign="+")]
-        table.add_row(Text(task), *cells)
+        table.add_column(Text(column), justify="right")
+    for task in next(iter(columns.values())):
+        found = [tasks.get(task, ("", "")) for tasks in columns.values()]
+        table.add_row(Text(task), *(str(part) for cell in found for part in cell))
     return table
 
 
-def _percent(value: float, low: float, high: float, sign: str = "") -> str:
-    """In percent, such as `66.9 [64, 70]`."""
-    return f"{100 * value:{sign}.1f} [{100 * low:{sign}.0f}, {100 * high:{sign}.0f}]"
+def _interval(item: TaskSummary | Difference, form: str) -> str:
+    return f"[{_percent(item.low, form)}, {_percent(item.high, form)}]"
+
+
+def _percent(share: float, form: str) -> str:
+    return format(100 * share, form)

@@ -65,30 +65,31 @@ def test_logprobs_and_gradients_equal_the_formula_by_hand() -> None:
 
 def test_distances_reach_to_the_words_of_the_row_with_their_contexts_and_to_nothing() -> None:
     table = torch.eye(8, dtype=torch.float64)
-    ids = [0, 1, 2]
+    ids = [0, 1, 2, 4]  # 4 is told apart from, but its weight is 0
     rules = ReadingRules(temperature=0.5, silence=0.3, context=0.4, silent_commitment=0.25)
-    # "a dog (0) left (4), dog (0) right (5)" and "cat (1)", which no token of its row is like; 2 is in no row.
-    labels = [[IGNORE, 3, 0, 4, 0, 5], [IGNORE, 1, IGNORE, IGNORE, IGNORE, IGNORE]]
-    batch = make_batch([[None, 0.0, 1.0, 0.0, 1.0, 0.0], [None, 1.0, None, None, None, None]])
-    context = torch.tensor([9.0, 0.0, 1.0, 0.0, 2.0, 0.0])
+    # "a dog (0) left (4), dog (0) right (5)" and "right (5) cat (1)"; no token is like the cat, and 2 is in no row.
+    labels = [[IGNORE, 3, 0, 4, 0, 5], [IGNORE, 5, 1, IGNORE, IGNORE, IGNORE]]
+    batch = make_batch([[None, 0.0, 1.0, 0.0, 1.0, 0.0], [None, 0.0, 1.0, None, None, None]])
+    context = torch.tensor([9.0, 0.0, 1.0, 0.0, 2.0, 3.0, 0.0])
     batch = replace(batch, labels=torch.tensor(labels), row_images=((0,), (1,)), token_values={"context": context})
     left, right = table[0] + 0.3 * table[4], table[0] * 0.9 + 0.6 * table[5]
     quiet = 0.1 * table[1]
-    pictures = [torch.stack([left, right, quiet]).requires_grad_(), (table[2] * 1.5)[None].requires_grad_()]
+    small = 0.55 * table[0]  # nearer to nothing than to what it names
+    pictures = [torch.stack([left, right, quiet, small]).requires_grad_(), (table[2] * 1.5)[None].requires_grad_()]
     scores = PictureWords(ids, rules)(batch, pictures, nn.Embedding.from_pretrained(table))
     assert scores.picture_distances is not None
-    targets = [table[0] + 0.4 * table[4], table[0] + 0.8 * table[5], torch.zeros(8)]
+    targets = [table[0] + 0.4 * table[4], table[0] + 0.8 * table[5], torch.zeros(8), table[0] + 0.4 * table[4]]
     shares = [_shares(token, table, ids, 0.5, 0.3, torch.tensor(0.5)) for token in pictures[0]]
-    factors = [shares[0][0], shares[1][0], shares[2][3] * 0.25]
+    factors = [shares[0][0], shares[1][0], shares[2][-1] * 0.25, shares[3][0]]
     first = [
         factor.detach() * (token - target).square().sum()
         for factor, token, target in zip(factors, pictures[0], targets, strict=True)
     ]
     # The second row's token is like a word of no row, so nothing is what it names most among what its row asks for.
     alone = _shares(pictures[1][0], table, ids, 0.5, 0.3, torch.tensor(0.5))
-    assert alone[2] > alone[3] > alone[1]
-    second = 0.25 * alone[3].detach() * pictures[1][0].square().sum()
-    by_hand = torch.stack([sum(first) / 3, second])
+    assert alone[2] > alone[-1] > alone[1]
+    second = 0.25 * alone[-1].detach() * pictures[1][0].square().sum()
+    by_hand = torch.stack([sum(first) / 4, second])
     torch.testing.assert_close(scores.picture_distances, by_hand, rtol=1e-12, atol=1e-12)
     ours = torch.autograd.grad(scores.picture_distances.sum(), pictures, retain_graph=True)
     for one, other in zip(ours, torch.autograd.grad(by_hand.sum(), pictures), strict=True):
