@@ -120,6 +120,7 @@ def build_batch() -> Batch:
         kinds=torch.zeros_like(input_ids, dtype=torch.uint8),
         lengths=torch.tensor(lengths),
         example_index=torch.arange(ROWS),
+        tree_index=torch.arange(ROWS),
         trunk_lengths=torch.tensor(lengths),
         images=tuple(ImageReference(name=str(row)) for row in range(ROWS)),
         row_images=tuple((row,) for row in range(ROWS)),

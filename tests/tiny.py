@@ -6,7 +6,7 @@ Names of families are Hugging Face's own `model_type`s. Pictures are 32 pixels w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -173,6 +174,19 @@ def randomise(model: PreTrainedModel, std: float = 0.15) -> PreTrainedModel:
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+class DoubleThroughout(TorchFunctionMode):
+    """Inside, float64 stays float64 where a model's norms would go down to float32 and back, whatever its dtype."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        options = options or {}
+        narrows = function is torch.Tensor.float or (
+            function is torch.Tensor.to and torch.float32 in (*arguments[1:], *options.values())
+        )
+        if narrows and arguments[0].dtype == torch.float64:
+            return arguments[0]
+        return function(*arguments, **options)
 
 
 def _text(vocabulary: int, changes: dict[str, Any], **fields: Any) -> dict[str, Any]:
@@ -465,6 +479,7 @@ def batch_of(rows: Sequence[Row], tokenizer: Any, pictures: PictureProcessor) ->
         kinds=torch.where(label_tensor != IGNORE, int(TokenKind.RESPONSE), int(TokenKind.INSTRUCTION)).to(torch.uint8),
         lengths=torch.tensor([len(row) for row in ids]),
         example_index=torch.arange(count),
+        tree_index=torch.arange(count),
         trunk_lengths=torch.ones(count, dtype=torch.int64),
         images=tuple(ImageReference(path=f"/{index}.png", name=f"{index}.png") for index in range(len(unique))),
         row_images=tuple(row_images),
@@ -474,4 +489,22 @@ def batch_of(rows: Sequence[Row], tokenizer: Any, pictures: PictureProcessor) ->
         pair_weights=torch.zeros(0),
         text_keys=torch.arange(count),
         pixels=pictures.pixels(unique) if unique else None,
+    )
+
+
+Tree = tuple[Row, Sequence[Row]]
+"""What all branches share, and what each adds."""
+
+
+def tree_batch(trees: Sequence[Tree], tokenizer: Any, pictures: PictureProcessor) -> Batch:
+    """A batch of trees, expanded to rows as `collate` does, pixels attached."""
+    rows = [(*trunk, *branch) for trunk, branches in trees for branch in branches]
+    numbers = [number for number, (_, branches) in enumerate(trees) for _ in branches]
+    trunks = [int(batch_of([trunk], tokenizer, pictures).lengths[0]) for trunk, _ in trees]
+    return replace(
+        batch_of(rows, tokenizer, pictures),
+        example_index=torch.tensor(numbers),
+        tree_index=torch.tensor(numbers),
+        trunk_lengths=torch.tensor([trunks[number] for number in numbers]),
+        origins=tuple(Origin("trees.json", number + 1) for number in numbers),
     )

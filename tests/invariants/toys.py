@@ -153,6 +153,7 @@ def toy_batch(examples: Sequence[int], seed: int = 7, is_padding: bool = False) 
         kinds=torch.full((num_rows, length), int(TokenKind.RESPONSE), dtype=torch.uint8),
         lengths=torch.tensor([len(tokens) for tokens, _ in rows]),
         example_index=numbers.repeat_interleave(2),
+        tree_index=numbers.repeat_interleave(2),
         trunk_lengths=torch.ones(num_rows, dtype=torch.long),
         images=tuple(ImageReference(name=f"{example}.png") for example in examples),
         row_images=tuple((index,) for index in range(len(examples)) for _ in (0, 1)),

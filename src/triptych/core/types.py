@@ -241,8 +241,11 @@ class Batch:
     """[R] int64 tokens of each row."""
     example_index: Tensor
     """[R] int64 index, within this batch, of the example each row is a branch of."""
+    tree_index: Tensor
+    """[R] int64 index, within this batch, of the tree each row is computed in: the rows of one tree stand together and
+    begin with the same tokens and pictures. A tree holds the branches of an example, or of several."""
     trunk_lengths: Tensor
-    """[R] int64 tokens of the row that belong to the trunk."""
+    """[R] int64 tokens that the row shares with all rows of its tree; in a tree of one row, those before its branch."""
     images: tuple[ImageReference, ...]
     """N different pictures of the batch (one picture of a tree appears once)."""
     row_images: tuple[tuple[int, ...], ...]

@@ -36,10 +36,11 @@ class _Row:
 
 
 def collate(examples: Sequence[Example], kind_weights: Mapping[TokenKind, float] | None = None) -> Batch:
-    """Expand trees to rows, pad on the right, and number the pictures.
+    """Expand trees to rows, pad on the right, number the pictures, and find what rows share.
 
     A token's weight is its message and sample weight times the weight of its kind. The label of column 0 is dropped:
-    nothing predicts the first token. A picture that occurs several times in one example is listed once.
+    nothing predicts the first token. A picture that occurs several times in the batch is listed once, and examples that
+    follow each other and begin with the same tokens, a whole picture among them, become one tree.
 
     Args:
         examples: at least one.
@@ -49,15 +50,17 @@ def collate(examples: Sequence[Example], kind_weights: Mapping[TokenKind, float]
         ValueError: `token_values` are missing in some rows, or do not have one number per supervised token.
     """
     images: list[ImageReference] = []
+    known: dict[tuple[object, ...], int] = {}
     rows: list[_Row] = []
     pairs: list[tuple[int, int]] = []
     pair_weights: list[float] = []
     for index, example in enumerate(examples):
-        numbers = _number_images(example.images, images)
+        numbers = _number_images(example.images, images, known)
         first_row = len(rows)
         rows.extend(_expand(example, branch, index, numbers) for branch in example.branches)
         pairs.extend((first_row + pair.winner, first_row + pair.loser) for pair in example.pairs)
         pair_weights.extend(pair.weight for pair in example.pairs)
+    tree_index, trunk_lengths = _share_trunks(rows)
     lengths = torch.tensor([len(row.input_ids) for row in rows])
     longest = int(lengths.max())
     labels = _pad([row.labels for row in rows], longest, IGNORE)
@@ -71,7 +74,8 @@ def collate(examples: Sequence[Example], kind_weights: Mapping[TokenKind, float]
         kinds=kinds,
         lengths=lengths,
         example_index=torch.tensor([row.example_index for row in rows]),
-        trunk_lengths=torch.tensor([row.trunk_length for row in rows]),
+        tree_index=torch.tensor(tree_index),
+        trunk_lengths=torch.tensor(trunk_lengths),
         images=tuple(images),
         row_images=tuple(row.images for row in rows),
         origins=tuple(row.example.origin for row in rows),
@@ -124,9 +128,10 @@ def _expand(example: Example, branch: Branch, index: int, numbers: Sequence[int]
     )
 
 
-def _number_images(references: Sequence[ImageReference], images: list[ImageReference]) -> list[int]:
-    """Append the different pictures of one example to `images`; return the position of each reference there."""
-    known: dict[tuple[object, ...], int] = {}
+def _number_images(
+    references: Sequence[ImageReference], images: list[ImageReference], known: dict[tuple[object, ...], int]
+) -> list[int]:
+    """Append the new pictures of an example to `images`; return the position of each of its references there."""
     numbers = []
     for reference in references:
         key = reference.identity
@@ -135,6 +140,56 @@ def _number_images(references: Sequence[ImageReference], images: list[ImageRefer
             images.append(reference)
         numbers.append(known[key])
     return numbers
+
+
+def _share_trunks(rows: Sequence[_Row]) -> tuple[list[int], list[int]]:
+    """Tree and trunk length of each row."""
+    trees: list[list[_Row]] = []
+    trunks: list[int] = []
+    for row in rows:
+        shared = _shared_length(trees[-1][0], row, trunks[-1] if len(trees[-1]) > 1 else None) if trees else 0
+        if shared:
+            trees[-1].append(row)
+            trunks[-1] = shared
+        else:
+            trees.append([row])
+            trunks.append(row.trunk_length)
+    index = [number for number, tree in enumerate(trees) for _ in tree]
+    return index, [trunks[number] for number in index]
+
+
+def _shared_length(first: _Row, row: _Row, trunk: int | None) -> int:
+    """Tokens that `row` shares with the tree that begins with `first`, whole pictures only; 0 for none worth sharing.
+
+    Branches of one example always share; others where a picture lies within what they share.
+
+    Args:
+        trunk: length of the tree's trunk so far, None while it has a single row.
+    """
+    is_same_example = first.example_index == row.example_index
+    runs = _picture_runs(first)
+    if runs is None:
+        return row.trunk_length if is_same_example else 0
+    limit = min(len(first.input_ids) if trunk is None else trunk, len(row.input_ids))
+    differs = (first.input_ids[:limit] != row.input_ids[:limit]).nonzero()
+    length = int(differs[0]) if len(differs) else limit
+    pictures = 0
+    for (start, stop), left, right in zip(runs, first.images, row.images, strict=False):
+        if start >= length:
+            break
+        if left != right or stop > length:
+            length = start
+            break
+        pictures += 1
+    return length if pictures or is_same_example else 0
+
+
+def _picture_runs(row: _Row) -> list[tuple[int, int]] | None:
+    """[start, stop) of the tokens of each picture; None where pictures touch, so that their borders are not known."""
+    is_image = (row.kinds == int(TokenKind.IMAGE)).int()
+    steps = torch.diff(is_image, prepend=is_image.new_zeros(1), append=is_image.new_zeros(1))
+    runs = list(zip((steps == 1).nonzero()[:, 0].tolist(), (steps == -1).nonzero()[:, 0].tolist(), strict=True))
+    return runs if len(runs) == len(row.images) else None
 
 
 def _pad(rows: Sequence[Tensor], length: int, value: int) -> Tensor:

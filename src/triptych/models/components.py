@@ -253,6 +253,33 @@ def row_inputs(
     return {"position_ids": torch.cat([plain, positions]).to(input_ids.device)}
 
 
+_TREE_LANGUAGES = frozenset(
+    {
+        "gemma3_text",
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen2_vl_text",
+        "qwen2_5_vl_text",
+        "qwen3",
+        "qwen3_vl_text",
+        "smollm3",
+    }
+)
+"""Language models whose attention is a function of position ids, the causal order and a sliding window alone, and that
+hand extra keyword arguments on to it."""
+
+
+def tree_obstacle(hf_model: PreTrainedModel) -> str | None:
+    """Why the trees of this model's batches must be expanded to rows; None where they can be packed."""
+    text = hf_model.config.get_text_config()
+    if text.model_type not in _TREE_LANGUAGES:
+        return f"the attention of a `{text.model_type}` language model is not known"
+    if getattr(text, "output_router_logits", False):
+        return "the router loss is taken row by row"
+    return None
+
+
 _LAST_POSITION_TEXT = frozenset({"siglip_text_model"})
 
 

@@ -16,11 +16,19 @@ from transformers import PreTrainedModel
 from triptych.core.errors import ModelError, Problem
 from triptych.core.protocols import PictureProcessor
 from triptych.core.types import Batch, ScoreField, Scores
-from triptych.models.components import Components, check_plain_head, component_parameters, row_inputs, row_inputs_kind
+from triptych.models.components import (
+    Components,
+    check_plain_head,
+    component_parameters,
+    row_inputs,
+    row_inputs_kind,
+    tree_obstacle,
+)
 from triptych.models.generation import Prompt, generate
-from triptych.models.logprobs import DEFAULT_CHUNK, label_logprobs, shifted_states
+from triptych.models.logprobs import DEFAULT_CHUNK, label_logprobs
 from triptych.models.picture_words import PictureWords
 from triptych.models.pictures import PICTURE_TILES, model_inputs
+from triptych.models.trees import make_layout, pack, use_tree_attention
 
 WORD_NEEDS: frozenset[ScoreField] = frozenset({"word_logprobs", "silence_logprobs", "picture_distances"})
 """What is computed from pictures and word embeddings, without the language model."""
@@ -54,6 +62,7 @@ class VlmScorer(nn.Module):
         chunk_size: int = DEFAULT_CHUNK,
         pictures: PictureProcessor | None = None,
         words: PictureWords | None = None,
+        trees: bool = True,
     ) -> None:
         """
         Args:
@@ -61,6 +70,8 @@ class VlmScorer(nn.Module):
             chunk_size: positions whose logits live at the same time.
             pictures: makes the dummy picture of a micro-batch without pictures; needed when vision or connector train.
             words: what pictures are compared with; needed for `word_logprobs` and what comes with it.
+            trees: compute every trunk once and no padding, where `components.tree_obstacle` knows of no obstacle. The
+                language model then attends by trees for good, see `trees.plain_attention`.
 
         Raises:
             ModelError: a field cannot be computed, or the model's logits are more than its head's output.
@@ -87,6 +98,9 @@ class VlmScorer(nn.Module):
         self.words = words
         self._image_token_id = components.image_token_id
         self._row_inputs = row_inputs_kind(hf)
+        self.packs_trees = trees and tree_obstacle(hf) is None
+        if self.packs_trees:
+            use_tree_attention(hf)
 
     def forward(self, batch: Batch) -> Scores:
         """Score a batch on the model's device.
@@ -120,19 +134,65 @@ class VlmScorer(nn.Module):
                     picture_distances=rows,
                 )
             return self.words(batch, features.pooled, self.hf.get_input_embeddings())
+        extra = row_inputs(self._row_inputs, self.hf, batch.input_ids, batch.attention_mask, _grids(batch, order))
         with self._added_to_embeddings(dummy):
-            outputs = self.hf.base_model(
-                input_ids=batch.input_ids,
-                mm_encoder_outputs=None if features is None else {"image": _gather(features, order)},
-                use_cache=False,
-                **row_inputs(self._row_inputs, self.hf, batch.input_ids, batch.attention_mask, _grids(batch, order)),
-            )
-        auxiliary = self._auxiliary(outputs, batch)
+            if self.packs_trees:
+                hidden, auxiliary = self._packed_states(batch, features, extra), None
+            else:
+                outputs = self._language(batch.input_ids, features, order, extra)
+                hidden, auxiliary = outputs.last_hidden_state, self._auxiliary(outputs, batch)
+                hidden = hidden[:, :-1][batch.supervised[:, 1:]]
         if "token_logprobs" not in self.needs:
             return Scores(auxiliary=auxiliary)
-        hidden, labels = shifted_states(outputs.last_hidden_state, batch.labels, batch.supervised)
+        labels = batch.labels[batch.supervised]
         logprobs = label_logprobs(hidden, labels, self.hf.get_output_embeddings(), self.chunk_size)
         return Scores(token_logprobs=logprobs, auxiliary=auxiliary)
+
+    def _language(
+        self, input_ids: Tensor, features: Features | None, order: list[int], extra: Mapping[str, Any]
+    ) -> Any:
+        return self.hf.base_model(
+            input_ids=input_ids,
+            mm_encoder_outputs=None if features is None else {"image": _gather(features, order)},
+            use_cache=False,
+            **extra,
+        )
+
+    def _packed_states(self, batch: Batch, features: Features | None, extra: Mapping[str, Tensor]) -> Tensor:
+        """[S, D] hidden states that predict the supervised labels; trunks computed once."""
+        layout = make_layout(batch, self._image_token_id if self._row_inputs == "image_blocks" else None)
+        packed = {name: pack(value, layout) for name, value in extra.items()}
+        packed.setdefault("position_ids", layout.columns[None])
+        order = [] if features is None else self._packed_pictures(batch, features)
+        outputs = self._language(pack(batch.input_ids, layout), features, order, {**packed, "trees": layout})
+        # The label at column t is predicted from column t - 1; several branches are predicted from one trunk token.
+        return outputs.last_hidden_state[0][layout.places[:, :-1][batch.supervised[:, 1:]]]
+
+    def _packed_pictures(self, batch: Batch, features: Features) -> list[int]:
+        """Pictures in the order of the packed tokens: those of a trunk only for its first row.
+
+        Raises:
+            ModelError: a trunk ends inside a picture.
+        """
+        ids = self._image_token_id
+        columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+        in_trunk = (columns < batch.trunk_lengths[:, None]) & (batch.input_ids == ids)
+        order: list[int] = []
+        before = -1
+        rows = zip(batch.tree_index.tolist(), in_trunk.sum(1).tolist(), batch.row_images, strict=True)
+        for row, (tree, tokens, images) in enumerate(rows):
+            shared, seen = 0, 0
+            while seen < tokens:
+                seen += len(features.pooled[images[shared]])
+                shared += 1
+            if seen > tokens:
+                raise ModelError(
+                    f"the trunk of sample {batch.origins[row]} ends inside a picture: {tokens} of {seen} tokens",
+                    remedy="build examples whose trunk holds whole pictures",
+                )
+            order += images[shared:] if tree == before else images
+            before = tree
+        return order
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[list[int]]:
         """Continue prompts, see `generation.generate`; a method here so that sharding can wrap it like `forward`."""

@@ -33,6 +33,7 @@ def make_batch(**changes):
         kinds=torch.zeros(3, 4, dtype=torch.uint8),
         lengths=torch.tensor([4, 3, 2]),
         example_index=torch.tensor([0, 0, 1]),
+        tree_index=torch.tensor([0, 0, 1]),
         trunk_lengths=torch.tensor([2, 2, 1]),
         images=(),
         row_images=((), (), ()),

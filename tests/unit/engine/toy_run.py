@@ -155,6 +155,7 @@ def toy_batch(samples: list[int]) -> Batch:
         kinds=torch.full_like(ids, 5, dtype=torch.uint8),
         lengths=torch.full((rows,), LENGTH),
         example_index=torch.arange(rows),
+        tree_index=torch.arange(rows),
         trunk_lengths=torch.ones(rows, dtype=torch.int64),
         images=(),
         row_images=((),) * rows,

@@ -94,6 +94,7 @@ def batch(loaded: LoadedDualEncoder, captions: list[str], row_images: list[tuple
         kinds=torch.zeros(table.shape, dtype=torch.uint8),
         lengths=lengths,
         example_index=torch.arange(rows),
+        tree_index=torch.arange(rows),
         trunk_lengths=torch.ones(rows, dtype=torch.int64),
         images=tuple(ImageReference(name=str(index)) for index in range(count)),
         row_images=tuple(row_images),

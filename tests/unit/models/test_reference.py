@@ -56,6 +56,7 @@ def batch() -> Batch:
         kinds=torch.zeros_like(ids, dtype=torch.uint8),
         lengths=torch.tensor([21, 20]),
         example_index=torch.tensor([0, 0]),
+        tree_index=torch.tensor([0, 0]),
         trunk_lengths=torch.tensor([18, 18]),
         images=(),
         row_images=((), ()),

@@ -36,6 +36,7 @@ def make_batch(
         kinds=torch.full((num_rows, length), int(TokenKind.RESPONSE), dtype=torch.uint8),
         lengths=torch.tensor([len(row) for row in weights]),
         example_index=torch.arange(num_rows),
+        tree_index=torch.arange(num_rows),
         trunk_lengths=torch.ones(num_rows, dtype=torch.int64),
         images=(),
         row_images=((),) * num_rows,

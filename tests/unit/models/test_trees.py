@@ -1,0 +1,187 @@
+"""Packed trees equal their rows, gradients included, for every family; and no branch sees another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import FAMILIES, Answer, DoubleThroughout, Tree, batch_of, noise, tiny_family, tree_batch
+from triptych.core.errors import ModelError
+from triptych.core.types import IGNORE, Batch
+from triptych.models.components import find_components, tree_obstacle
+from triptych.models.generation import Prompt, generate
+from triptych.models.pictures import make_pictures
+from triptych.models.trees import TREE_ATTENTION, make_layout
+from triptych.models.vlm import VlmScorer
+
+EVERY = (*FAMILIES, "llava_clip")
+A, B = noise(40, 60, seed=1), noise(64, 32, seed=2)
+TREES: tuple[Tree, ...] = (
+    # A long trunk with a picture; one branch is a single token.
+    (
+        ("look", A, "and say"),
+        (("what is it?", Answer("a cat<|im_end|>")), (Answer("no"),), ("how many?", Answer("two cats and a dog"))),
+    ),
+    # No picture, and labels in the trunk that count once per branch.
+    (("hello", Answer("good day to you"), "and"), ((Answer("bye"),), ("then", Answer("good night to all of you")))),
+    # One branch: a plain sample.
+    (("one", A), (("two", B, "same?", Answer("no<|im_end|>")),)),
+    # Branches with pictures of their own.
+    (("first", B), (("second", A, "same?", Answer("no")), ("nothing more?", Answer("yes<|im_end|>")))),
+)
+
+
+def _scorers(family: str, dtype: torch.dtype) -> tuple[VlmScorer, VlmScorer, Any, Any]:
+    built = []
+    for trees in (False, True):
+        model, tokenizer, image_processor = tiny_family(family, dtype=dtype)
+        pictures = make_pictures(model.config, image_processor, tokenizer)
+        built.append(VlmScorer(model, find_components(model), pictures=pictures, trees=trees))
+    assert built[1].packs_trees and not built[0].packs_trees
+    return built[0], built[1], tokenizer, pictures
+
+
+def _run(scorer: VlmScorer, batch: Batch, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    scorer.zero_grad()
+    logprobs = scorer(batch).token_logprobs
+    assert logprobs is not None
+    (logprobs * weights).sum().backward()
+    return logprobs.detach(), {n: p.grad.clone() for n, p in scorer.hf.named_parameters() if p.grad is not None}
+
+
+def _mlp(scorer: VlmScorer) -> torch.nn.Module:
+    return scorer.hf.get_submodule(f"{scorer.components.layers['language'][0]}.mlp")
+
+
+def _double(batch: Batch) -> Batch:
+    pixels = {name: value.double() if value.is_floating_point() else value for name, value in batch.pixels.items()}
+    return replace(batch, pixels=pixels)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_packed_trees_equal_their_rows_in_float64(family: str) -> None:
+    plain, fast, tokenizer, pictures = _scorers(family, torch.float64)
+    batch = _double(tree_batch(TREES, tokenizer, pictures))
+    weights = torch.linspace(0.5, 2.0, int(batch.supervised.sum()), dtype=torch.float64)
+    with DoubleThroughout():
+        expected, gradients = _run(plain, batch, weights)
+        found, ours = _run(fast, batch, weights)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert ours.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (ours[name] - gradient).norm() <= 1e-10 * max(1.0, float(gradient.norm())), name
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_checkpointing_changes_nothing(family: str) -> None:
+    _, fast, tokenizer, pictures = _scorers(family, torch.float32)
+    batch = tree_batch(TREES, tokenizer, pictures)
+    weights = torch.ones(int(batch.supervised.sum()))
+    fast.train()
+    expected, gradients = _run(fast, batch, weights)
+    calls = []
+    _mlp(fast).register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    fast.hf.activation_checkpointing_enable()
+    found, ours = _run(fast, batch, weights)
+    assert len(calls) == 2  # once more in the backward pass
+    assert torch.equal(found, expected)
+    assert all(torch.equal(ours[name], gradient) for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_trees_equal_their_rows_in_float32(family: str) -> None:
+    plain, fast, tokenizer, pictures = _scorers(family, torch.float32)
+    batch = tree_batch(TREES, tokenizer, pictures)
+    weights = torch.full((int(batch.supervised.sum()),), 1 / 20)
+    expected, gradients = _run(plain, batch, weights)
+    found, ours = _run(fast, batch, weights)
+    torch.testing.assert_close((found * weights).sum(), (expected * weights).sum(), rtol=1e-5, atol=1e-5)
+    total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    for name, gradient in gradients.items():
+        assert (ours[name] - gradient).norm() <= 1e-4 * float(gradient.norm()) + 1e-6 * float(total), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_token_is_computed_once(family: str) -> None:
+    _, fast, tokenizer, pictures = _scorers(family, torch.float32)
+    batch = tree_batch(TREES, tokenizer, pictures)
+    seen = []
+    fast.hf.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    fast(batch)
+    trunks = {int(e): int(n) for e, n in zip(batch.example_index, batch.trunk_lengths, strict=True)}
+    own = int((batch.lengths - batch.trunk_lengths).sum())
+    assert seen[0][:2] == (1, own + sum(trunks.values()))
+    assert seen[0][1] < 0.8 * batch.input_ids.numel()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_change_in_one_branch_or_tree_changes_no_other(family: str) -> None:
+    _, fast, tokenizer, pictures = _scorers(family, torch.float64)
+    batch = _double(tree_batch(TREES, tokenizer, pictures))
+    before = fast(batch).token_logprobs
+    for row in range(batch.num_rows):
+        ids = batch.input_ids.clone()
+        own = slice(int(batch.trunk_lengths[row]), int(batch.lengths[row]))
+        text = batch.labels[row, own] != IGNORE
+        ids[row, own] = torch.where(text, (ids[row, own] + 1) % 7, ids[row, own])
+        after = fast(replace(batch, input_ids=ids)).token_logprobs
+        others = batch.supervised_rows != row
+        assert torch.equal(after[others], before[others])
+        first = batch.supervised_rows == row
+        if int(text.sum()) > 1:
+            assert not torch.equal(after[first], before[first])
+
+
+def test_no_token_sees_another_row_of_its_packed_row() -> None:
+    """By gradients, not by values: what a label's log-probability depends on is its own row, no more."""
+    _, fast, tokenizer, pictures = _scorers("llava", torch.float64)
+    batch = _double(tree_batch(TREES, tokenizer, pictures))
+    layout = make_layout(batch, None)
+    kept: list[Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        kept.append(output.detach().requires_grad_())
+        return kept[-1]
+
+    fast.hf.get_input_embeddings().register_forward_hook(keep)
+    logprobs = fast(batch).token_logprobs
+    for index, (row, column) in enumerate(batch.supervised.nonzero().tolist()):
+        (gradient,) = torch.autograd.grad(logprobs[index], kept[0], retain_graph=True)
+        touched = set(gradient[0].abs().sum(-1).nonzero()[:, 0].tolist())
+        assert touched <= set(layout.places[row, :column].tolist())
+
+
+def test_a_model_that_attends_by_trees_generates_as_before() -> None:
+    plain, fast, tokenizer, pictures = _scorers("llava", torch.float32)
+    prompts = [
+        Prompt(batch_of([row], tokenizer, pictures).input_ids[0], images)
+        for row, images in ((("look", A, "what?"), (A,)), (("hello you and all",), ()))
+    ]
+    options = {"max_new_tokens": 8, "stop_ids": [1]}
+    assert generate(fast.hf, prompts, pictures, **options) == generate(plain.hf, prompts, pictures, **options)
+    assert fast.hf.config.text_config._attn_implementation == TREE_ATTENTION
+
+
+def test_a_model_that_attends_by_trees_refuses_rows() -> None:
+    _, fast, tokenizer, pictures = _scorers("llava", torch.float32)
+    with pytest.raises(ValueError, match="packed trees need a layout"):
+        fast.hf(input_ids=batch_of([("hello",)], tokenizer, pictures).input_ids)
+
+
+def test_a_trunk_that_cuts_a_picture_is_refused() -> None:
+    _, fast, tokenizer, pictures = _scorers("llava", torch.float32)
+    batch = tree_batch([(("look", A), ((Answer("a"),), (Answer("b"),)))], tokenizer, pictures)
+    with pytest.raises(ModelError, match=r"trees\.json:1 ends inside a picture: .* of 16 tokens"):
+        fast(replace(batch, trunk_lengths=batch.trunk_lengths - 3))
+
+
+def test_a_language_model_that_is_not_known_takes_the_plain_path() -> None:
+    model, tokenizer, image_processor = tiny_family("llava")
+    model.config.text_config.model_type = "bloom"
+    scorer = VlmScorer(model, find_components(model))
+    assert not scorer.packs_trees
+    assert tree_obstacle(model) == "the attention of a `bloom` language model is not known"
