@@ -4,7 +4,8 @@
     one window              |-- rank 0 --|-- rank 1 --|                                    contiguous shares
     one share               |- M -|- M -|-|                                                batches
 
-Which rows a window holds follows from its number alone, so the state is that number. What runs ahead in the background
+Rows about one picture stand together, so that batches hold trees. Which rows a window holds follows from its number
+alone, so the state is that number. What runs ahead in the background
 (reading, tokenising, decoding) changes when work is done, never what comes out.
 """
 
@@ -30,6 +31,7 @@ from triptych.core.types import Batch, Example, ImageReference, Origin, Sample, 
 from triptych.data.collate import blank_example, collate, make_padding
 from triptych.data.images import decode
 from triptych.data.mixture import Mixture
+from triptych.data.packing import Budget, split_examples
 from triptych.data.row_report import RowReport
 from triptych.data.tokenize import at_row
 
@@ -59,8 +61,14 @@ class LoaderConfig(Config):
 
     global_batch: int = Field(ge=1)
     """Samples of one optimizer step, all ranks together."""
-    micro_batch: int = Field(ge=1)
-    """Most samples of one forward pass on one rank."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Most samples of one forward pass on one rank; give this, `micro_batch_tokens`, or both."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens of one forward pass on one rank, those that several rows share counted once; a longer row gets one
+    of its own."""
+    rows_per_picture: int = Field(default=8, ge=1)
+    """Most rows about one picture that follow each other, so that it is computed once for all of them; 1 draws every
+    row by itself. Contrastive stages always do."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the data; give this or `steps`."""
     steps: int | None = Field(default=None, ge=1)
@@ -68,7 +76,8 @@ class LoaderConfig(Config):
     seed: int = 0
     """Decides the order of the rows."""
     group_by_length: bool = False
-    """Put rows of like length into one micro-batch; the rows of an optimizer step stay the same, less is padded."""
+    """Put rows of like length into one micro-batch; the rows of an optimizer step stay the same, less is padded, which
+    matters where trees are not packed."""
     prefetch: int = Field(default=2, ge=0)
     """Windows prepared ahead in the background; 0 does all work when it is asked for."""
     decode_threads: int = Field(default=4, ge=1)
@@ -82,6 +91,8 @@ class LoaderConfig(Config):
     def _one_length(self) -> LoaderConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of `epochs` and `steps`")
+        if self.micro_batch is None and self.micro_batch_tokens is None:
+            raise ValueError("give `micro_batch` (samples), `micro_batch_tokens`, or both")
         return self
 
 
@@ -196,6 +207,7 @@ class Loader:
         return {
             "seed": self._config.seed,
             "global_batch": self._config.global_batch,
+            "rows_per_picture": self._config.rows_per_picture,
             "rows": [len(dataset) for dataset in self._datasets],
             "draws": list(self._mixture.quotas),
             "files": self._files,
@@ -230,33 +242,18 @@ class Loader:
         size = min(self._config.global_batch, length - start)
         positions = range(epoch * length + start, epoch * length + start + size)
         share = positions[self._rank * size // self._world_size : (self._rank + 1) * size // self._world_size]
-        # Ranks whose share is one row shorter still make as many batches: FSDP waits for every rank in every pass.
-        num_batches = math.ceil(math.ceil(size / self._world_size) / self._config.micro_batch)
         bad: list[tuple[Origin, DataError]] = []
-        batches = [
-            collate(examples, self._kind_weights) if examples else self._make_padding(positions)
-            for examples in self._split(share, num_batches, bad)
-        ]
+        budget = Budget(self._config.micro_batch, self._config.micro_batch_tokens)
+        split = split_examples(list(self._load(share, bad)), budget, self._config.group_by_length)
+        batches = [collate(examples, self._kind_weights) for examples in split]
         window = Window(
             index=number,
             epoch=epoch + (start + size) / length,
-            batches=tuple(batches),
+            # A rank without rows takes part all the same; the engine makes up for other differences between ranks.
+            batches=tuple(batches or [self._make_padding(positions)]),
             skipped=tuple(origin for origin, _ in bad),
         )
         return _Prepared(window, tuple(problem for _, error in bad for problem in error.problems))
-
-    def _split(
-        self, share: Sequence[int], num_batches: int, bad: list[tuple[Origin, DataError]]
-    ) -> Iterator[list[Example]]:
-        """The examples of each micro-batch; rows that cannot be used leave it smaller, or the last ones if grouped."""
-        size = self._config.micro_batch
-        if not self._config.group_by_length:
-            for index in range(num_batches):
-                yield list(self._load(share[index * size : (index + 1) * size], bad))
-            return
-        examples = sorted(self._load(share, bad), key=lambda example: example.max_row_tokens)
-        for index in range(num_batches):
-            yield examples[index * size : (index + 1) * size]
 
     def _load(self, positions: Sequence[int], bad: list[tuple[Origin, DataError]]) -> Iterator[Example]:
         """Examples of the rows at `positions`; with `on_bad_row: skip` those that cannot be used go to `bad`."""

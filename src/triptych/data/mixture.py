@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +24,19 @@ _INTERLEAVING = -1
 
 @dataclass(frozen=True)
 class _Schedule:
-    """One epoch of a weighted mixture: whose turn it is, and which of its own turns of this epoch that is."""
+    """One epoch of a weighted mixture: the data set and the row of each draw."""
 
     datasets: npt.NDArray[np.int64]
-    turns: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """One pass over the rows of a data set."""
+
+    rows: npt.NDArray[np.int64]
+    pieces: npt.NDArray[np.int64]
+    """The piece each of them is in, ascending from 0; the rows of a piece belong to one group."""
 
 
 class Mixture:
@@ -35,13 +45,26 @@ class Mixture:
     Without weights an epoch is every row of every data set once, in an order of its own. With weights an epoch has as
     many draws; data set i gets its share of them (largest remainder, so the shares are exact in every epoch) and walks
     its own endless sequence of reshuffled permutations, so no row is drawn twice before all are drawn once.
+
+    Rows of one group (about one picture) can be kept together, in pieces of limited size: then pieces are shuffled.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float | None], seed: int) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float | None],
+        seed: int,
+        groups: Callable[[], Sequence[Sequence[int]]] | None = None,
+        piece_size: int = 1,
+    ) -> None:
         """Args:
             sizes: rows of each data set.
             weights: share of each, of any positive sum; all None for "every row once".
             seed: any integer.
+            groups: gives, for each data set, the group number of each row, 0 or more; the same number in several data
+                sets is the same group, which without weights they form together. Called when a row is first drawn.
+                None: every row by itself.
+            piece_size: most rows of a group that follow each other.
 
         Raises:
             ConfigError: no data set, an empty one, some weights missing, a weight that is not a positive number, or
@@ -51,7 +74,9 @@ class Mixture:
         self._sizes = tuple(sizes)
         self._seed = seed
         self._offsets = np.cumsum((0, *sizes))
-        self._permutations: OrderedDict[tuple[int, int, int], npt.NDArray[np.int64]] = OrderedDict()
+        self._find_groups = groups if piece_size > 1 else None
+        self._piece_size = piece_size
+        self._orders: OrderedDict[tuple[int, int], _Order] = OrderedDict()
         self._schedules: OrderedDict[int, _Schedule] = OrderedDict()
         given = [weight for weight in weights if weight is not None]
         self._quotas = _apportion(self.epoch_length, given) if given else None
@@ -79,38 +104,87 @@ class Mixture:
         """(data set, row) at a position, 0-based and counted over all epochs."""
         epoch, within = divmod(position, self.epoch_length)
         if self._quotas is None:
-            flat = int(self._permutation(_INTERLEAVING, epoch, self.epoch_length)[within])
+            flat = int(self._order(_INTERLEAVING, epoch).rows[within])
             dataset = int(np.searchsorted(self._offsets, flat, side="right")) - 1
             return dataset, flat - int(self._offsets[dataset])
         schedule = self._schedule(epoch)
-        dataset = int(schedule.datasets[within])
-        turn = epoch * self._quotas[dataset] + int(schedule.turns[within])
-        cycle, step = divmod(turn, self._sizes[dataset])
-        return dataset, int(self._permutation(dataset, cycle, self._sizes[dataset])[step])
+        return int(schedule.datasets[within]), int(schedule.rows[within])
+
+    @cached_property
+    def _groups(self) -> list[npt.NDArray[np.int64]] | None:
+        return None if self._find_groups is None else [np.asarray(item, np.int64) for item in self._find_groups()]
 
     def _schedule(self, epoch: int) -> _Schedule:
         schedule = self._schedules.get(epoch)
         if schedule is None:
-            assert self._quotas is not None
-            owners = np.repeat(np.arange(len(self._quotas)), self._quotas)
-            datasets = owners[self._permutation(_INTERLEAVING, epoch, self.epoch_length)]
-            turns = np.empty_like(datasets)
-            for dataset, quota in enumerate(self._quotas):
-                turns[datasets == dataset] = np.arange(quota)
-            schedule = self._schedules[epoch] = _Schedule(datasets, turns)
+            schedule = self._schedules[epoch] = self._make_schedule(epoch)
             if len(self._schedules) > 2:
                 self._schedules.popitem(last=False)
         return schedule
 
-    def _permutation(self, stream: int, cycle: int, size: int) -> npt.NDArray[np.int64]:
-        key = (stream, cycle, size)
-        order = self._permutations.get(key)
+    def _make_schedule(self, epoch: int) -> _Schedule:
+        """Data sets take turns piece by piece, each walking through its own pieces in order."""
+        assert self._quotas is not None
+        turns = [self._turns(dataset, epoch) for dataset in range(len(self._quotas))]
+        lengths = [np.bincount(turn.pieces) for turn in turns]
+        owners = np.repeat(np.arange(len(turns)), [len(length) for length in lengths])
+        sequence = owners[_shuffle(len(owners), (self._seed, _INTERLEAVING, epoch))]
+        datasets = np.empty(self.epoch_length, np.int64)
+        rows = np.empty(self.epoch_length, np.int64)
+        sizes = np.empty_like(sequence)
+        for dataset, length in enumerate(lengths):
+            sizes[sequence == dataset] = length
+        draws = np.repeat(sequence, sizes)
+        for dataset, turn in enumerate(turns):
+            datasets[draws == dataset] = dataset
+            rows[draws == dataset] = turn.rows
+        return _Schedule(datasets, rows)
+
+    def _turns(self, dataset: int, epoch: int) -> _Order:
+        """What a data set gives to an epoch: the next rows of its endless sequence."""
+        assert self._quotas is not None
+        size, first = self._sizes[dataset], epoch * self._quotas[dataset]
+        stop = first + self._quotas[dataset]
+        rows, pieces, count = [], [], 0
+        for cycle in range(first // size, -(-stop // size)):
+            order = self._order(dataset, cycle)
+            part = slice(max(0, first - cycle * size), min(size, stop - cycle * size))
+            rows.append(order.rows[part])
+            pieces.append(order.pieces[part] - order.pieces[part][0] + count)
+            count = int(pieces[-1][-1]) + 1
+        return _Order(np.concatenate(rows), np.concatenate(pieces))
+
+    def _order(self, stream: int, cycle: int) -> _Order:
+        key = (stream, cycle)
+        order = self._orders.get(key)
         if order is None:
-            order = self._permutations[key] = _shuffle(size, (self._seed, stream, cycle))
+            is_flat = stream == _INTERLEAVING
+            size = self.epoch_length if is_flat else self._sizes[stream]
+            groups = None
+            if self._groups is not None:
+                groups = np.concatenate(self._groups) if is_flat else self._groups[stream]
+            order = self._orders[key] = _make_order(size, (self._seed, stream, cycle), groups, self._piece_size)
             # Around the end of an epoch two orders of each stream are in use.
-            if len(self._permutations) > 2 * (len(self._sizes) + 1):
-                self._permutations.popitem(last=False)
+            if len(self._orders) > 2 * (len(self._sizes) + 1):
+                self._orders.popitem(last=False)
         return order
+
+
+def _make_order(
+    size: int, key: tuple[int, ...], groups: npt.NDArray[np.int64] | None, piece_size: int
+) -> _Order:
+    rows = _shuffle(size, key)
+    if groups is None:
+        return _Order(rows, np.arange(size))
+    # The rows of each group in shuffled order, cut into pieces; then the pieces in shuffled order.
+    rows = rows[np.argsort(groups[rows], kind="stable")]
+    starts = np.flatnonzero(np.diff(groups[rows], prepend=-1))
+    within = np.arange(size) - np.repeat(starts, np.diff(starts, append=size))
+    pieces = np.cumsum(within % piece_size == 0) - 1
+    places = np.empty(pieces[-1] + 1, np.int64)
+    places[_shuffle(len(places), (*key, piece_size))] = np.arange(len(places))
+    order = np.argsort(places[pieces], kind="stable")
+    return _Order(rows[order], places[pieces][order])
 
 
 def _shuffle(size: int, key: Sequence[int]) -> npt.NDArray[np.int64]:

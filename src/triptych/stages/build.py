@@ -16,6 +16,7 @@ from triptych.core.errors import ConfigError, DataError, ModelError, Problem
 from triptych.core.protocols import Evaluator, Objective, PictureProcessor, Reference
 from triptych.core.types import Example, ParameterGroup, Sample
 from triptych.data.formats import AnyDatasetConfig, Dataset, open_dataset
+from triptych.data.grouping import picture_groups
 from triptych.data.loader import Loader, LoaderConfig
 from triptych.data.mixture import Mixture
 from triptych.engine.optim import build_optimizer
@@ -45,6 +46,8 @@ class Built:
     objective: Objective
     save: Callable[[Path], None]
     """Write the finished model as a Hugging Face folder; called on the main rank with full weights in place."""
+    by_picture: bool = True
+    """Whether rows about one picture may stand together; not where the others of a batch are what a row is told from."""
     reference: Reference | None = None
     evaluators: Callable[[nn.Module, Runtime], list[Evaluator]] = field(default=lambda scorer, runtime: [])
     """Wrapped scorer -> what measures it during training."""
@@ -95,9 +98,20 @@ def make_loader(
     pictures: PictureProcessor,
     config: LoaderConfig,
     output: Path | None,
+    by_picture: bool,
 ) -> Loader:
-    """The training source of this rank; rows that are left out are listed in the output folder."""
-    mixture = Mixture([len(item) for item in datasets], [item.config.weight for item in datasets], config.seed)
+    """The training source of this rank; rows that are left out are listed in the output folder.
+
+    Args:
+        by_picture: keep rows about one picture together, as `config` says.
+    """
+    mixture = Mixture(
+        [len(item) for item in datasets],
+        [item.config.weight for item in datasets],
+        config.seed,
+        groups=(lambda: picture_groups(datasets)) if by_picture else None,
+        piece_size=config.rows_per_picture,
+    )
     if config.report is None and output is not None:
         config = config.model_copy(update={"report": output / ROW_REPORT})
     return Loader(datasets, mixture, encode, pictures, config, rank=rank(), world_size=world_size())
@@ -111,7 +125,7 @@ def make_held_out_loader(
 ) -> Loader:
     """A source that yields every held-out row once, in a single window of light batches."""
     total = sum(len(item) for item in datasets)
-    config = LoaderConfig(global_batch=total, micro_batch=batch, epochs=1, prefetch=0)
+    config = LoaderConfig(global_batch=total, micro_batch=batch, epochs=1, prefetch=0, rows_per_picture=1)
     unweighted = Mixture([len(item) for item in datasets], [None] * len(datasets), 0)
     return Loader(datasets, unweighted, encode, pictures, config, rank=rank(), world_size=world_size())
 
@@ -147,7 +161,7 @@ def preflight(recipe: StageRecipe, built: Built) -> None:
     if recipe.train.best and recipe.evaluation is None:
         message = f"`{recipe.train.best.metric}` is followed, but nothing evaluates it"
         raise ConfigError(Problem(message, key="train.best", remedy="give `evaluation:`, or take `best` out"))
-    loader = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, None)
+    loader = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, None, built.by_picture)
     build_optimizer(built.groups, recipe.train.optimizer, recipe.loader.global_batch)
     multiplier(recipe.train.schedule, 0, loader.total_windows)
     checkpointed_blocks(recipe.train.runtime.activation_checkpointing, len(built.blocks))

@@ -53,6 +53,7 @@ def build_contrastive(recipe: ContrastiveRecipe) -> Built:
         encode=encode,
         datasets=datasets,
         objective=objective,
+        by_picture=False,
         save=lambda folder: save_finished(folder, loaded, lambda: load_contrastive(recipe)[0]),
         evaluators=evaluators,
         after_step=lambda: bound_scale(loaded.model, loaded.max_scale),

@@ -288,7 +288,7 @@ def test_pixels_come_with_attach_and_text_rows_mix_in(picture: Path, prefetch: i
             if not batch.images:
                 assert attached.pixels is None
                 continue
-            seen += len(batch.images)
+            seen += sum(len(images) for images in batch.row_images)
             assert attached.pixels is not None
             assert attached.pixels["pixel_values"].shape == (len(batch.images), 3, 2, 2)
             assert torch.equal(attached.pixels["pixel_values"][0], RED)

@@ -28,6 +28,8 @@ TREES: tuple[Tree, ...] = (
     ),
     # No picture, and labels in the trunk that count once per branch.
     (("hello", Answer("good day to you"), "and"), ((Answer("bye"),), ("then", Answer("good night to all of you")))),
+    # Twice the same row.
+    (("twice", A, Answer("the same")), ((), ())),
     # One branch: a plain sample.
     (("one", A), (("two", B, "same?", Answer("no<|im_end|>")),)),
     # Branches with pictures of their own.
