@@ -508,3 +508,10 @@ def tree_batch(trees: Sequence[Tree], tokenizer: Any, pictures: PictureProcessor
         trunk_lengths=torch.tensor([trunks[number] for number in numbers]),
         origins=tuple(Origin("trees.json", number + 1) for number in numbers),
     )
+
+
+def as_trees(batch: Batch) -> Batch:
+    """The rows of each example as one tree whose trunk is what stands before the first label."""
+    first = batch.supervised.int().argmax(1)
+    trunks = [int(first[batch.example_index == number].min()) for number in batch.example_index.tolist()]
+    return replace(batch, tree_index=batch.example_index, trunk_lengths=torch.tensor(trunks))

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.invariants.real import UNUSED, Attached, Pictures
 from tests.invariants.toys import runtime
-from tests.tiny import Answer, Row, batch_of, noise, tiny_clip, tiny_family, tiny_siglip
+from tests.tiny import Answer, Row, as_trees, batch_of, noise, tiny_clip, tiny_family, tiny_siglip
 from triptych.core import distributed
 from triptych.core.protocols import Reference
 from triptych.core.types import CONTEXT, Batch, Origin, Progress, Window
@@ -129,7 +129,7 @@ def _vlm(objective: str, plan: str, dtype: torch.dtype) -> Case:
             is_text = number % 3 == 2 and not is_bag
             prompt = (words(number, 2),) if is_text else (noise(seed=number), words(number, 2))
             rows += [(*prompt, Answer(words(number + 3, 1 + number % 5))), (*prompt, Answer(words(number + 7, 4)))]
-        batch = numbered(batch_of(rows, tokenizer, pictures), examples)
+        batch = as_trees(numbered(batch_of(rows, tokenizer, pictures), examples))
         return _with_context(batch) if is_bag else batch
 
     return Case(scorer.train(), goal, block_paths(components), make, reference)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tests.invariants.toys import OBJECTIVES, ToySource
-from tests.tiny import Answer, Row, batch_of, noise, tiny_clip, tiny_family, tiny_siglip
+from tests.tiny import Answer, Row, as_trees, batch_of, noise, tiny_clip, tiny_family, tiny_siglip
 from triptych.core.types import Batch, Origin, ParameterGroup, Window
 from triptych.models.components import Components, find_components
 from triptych.models.dual_encoder import DualEncoderScorer, find_dual_components
@@ -90,7 +90,7 @@ def _vlm(family: str, objective: str) -> Case:
         for number in examples:
             prompt = (_words(number, 2),) if number % 3 == 2 else (noise(seed=number), _words(number, 2))
             rows += [(*prompt, Answer(_words(number + 3, 1 + number % 5))), (*prompt, Answer(_words(number + 7, 4)))]
-        return _number(batch_of(rows, tokenizer, pictures), examples)
+        return as_trees(_number(batch_of(rows, tokenizer, pictures), examples))
 
     reference = FrozenReference(VlmScorer(tiny_family(family, seed=5)[0], components)) if objective == "dpo" else None
     return Case(scorer, OBJECTIVES[objective], _blocks(components), make, reference)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from triptych.core.types import IGNORE, Batch, Branch, Example, ImageReference, Origin, TokenKind
+from triptych.data.sharing import find_trees
 
 DEFAULT_KIND_WEIGHTS: Mapping[TokenKind, float] = {
     TokenKind.RESPONSE: 1.0,
@@ -29,7 +30,6 @@ class _Row:
     kinds: Tensor
     weights: Tensor
     example_index: int
-    trunk_length: int
     images: tuple[int, ...]
     branch: Branch
     example: Example
@@ -40,7 +40,7 @@ def collate(examples: Sequence[Example], kind_weights: Mapping[TokenKind, float]
 
     A token's weight is its message and sample weight times the weight of its kind. The label of column 0 is dropped:
     nothing predicts the first token. A picture that occurs several times in the batch is listed once, and examples that
-    follow each other and begin with the same tokens, a whole picture among them, become one tree.
+    follow each other and begin with the same picture become one tree, see `find_trees`.
 
     Args:
         examples: at least one.
@@ -60,7 +60,7 @@ def collate(examples: Sequence[Example], kind_weights: Mapping[TokenKind, float]
         rows.extend(_expand(example, branch, index, numbers) for branch in example.branches)
         pairs.extend((first_row + pair.winner, first_row + pair.loser) for pair in example.pairs)
         pair_weights.extend(pair.weight for pair in example.pairs)
-    tree_index, trunk_lengths = _share_trunks(rows)
+    trees = [(number, tree.trunk) for number, tree in enumerate(find_trees(examples)) for _ in range(tree.rows)]
     lengths = torch.tensor([len(row.input_ids) for row in rows])
     longest = int(lengths.max())
     labels = _pad([row.labels for row in rows], longest, IGNORE)
@@ -74,8 +74,8 @@ def collate(examples: Sequence[Example], kind_weights: Mapping[TokenKind, float]
         kinds=kinds,
         lengths=lengths,
         example_index=torch.tensor([row.example_index for row in rows]),
-        tree_index=torch.tensor(tree_index),
-        trunk_lengths=torch.tensor(trunk_lengths),
+        tree_index=torch.tensor([number for number, _ in trees]),
+        trunk_lengths=torch.tensor([trunk for _, trunk in trees]),
         images=tuple(images),
         row_images=tuple(row.images for row in rows),
         origins=tuple(row.example.origin for row in rows),
@@ -121,7 +121,6 @@ def _expand(example: Example, branch: Branch, index: int, numbers: Sequence[int]
         kinds=torch.cat([trunk.kinds, branch.kinds]),
         weights=torch.cat([trunk.weights, branch.weights]),
         example_index=index,
-        trunk_length=len(trunk.input_ids),
         images=tuple(numbers[image] for image in (*trunk.images, *branch.images)),
         branch=branch,
         example=example,
@@ -140,56 +139,6 @@ def _number_images(
             images.append(reference)
         numbers.append(known[key])
     return numbers
-
-
-def _share_trunks(rows: Sequence[_Row]) -> tuple[list[int], list[int]]:
-    """Tree and trunk length of each row."""
-    trees: list[list[_Row]] = []
-    trunks: list[int] = []
-    for row in rows:
-        shared = _shared_length(trees[-1][0], row, trunks[-1] if len(trees[-1]) > 1 else None) if trees else 0
-        if shared:
-            trees[-1].append(row)
-            trunks[-1] = shared
-        else:
-            trees.append([row])
-            trunks.append(row.trunk_length)
-    index = [number for number, tree in enumerate(trees) for _ in tree]
-    return index, [trunks[number] for number in index]
-
-
-def _shared_length(first: _Row, row: _Row, trunk: int | None) -> int:
-    """Tokens that `row` shares with the tree that begins with `first`, whole pictures only; 0 for none worth sharing.
-
-    Branches of one example always share; others where a picture lies within what they share.
-
-    Args:
-        trunk: length of the tree's trunk so far, None while it has a single row.
-    """
-    is_same_example = first.example_index == row.example_index
-    runs = _picture_runs(first)
-    if runs is None:
-        return row.trunk_length if is_same_example else 0
-    limit = min(len(first.input_ids) if trunk is None else trunk, len(row.input_ids))
-    differs = (first.input_ids[:limit] != row.input_ids[:limit]).nonzero()
-    length = int(differs[0]) if len(differs) else limit
-    pictures = 0
-    for (start, stop), left, right in zip(runs, first.images, row.images, strict=False):
-        if start >= length:
-            break
-        if left != right or stop > length:
-            length = start
-            break
-        pictures += 1
-    return length if pictures or is_same_example else 0
-
-
-def _picture_runs(row: _Row) -> list[tuple[int, int]] | None:
-    """[start, stop) of the tokens of each picture; None where pictures touch, so that their borders are not known."""
-    is_image = (row.kinds == int(TokenKind.IMAGE)).int()
-    steps = torch.diff(is_image, prepend=is_image.new_zeros(1), append=is_image.new_zeros(1))
-    runs = list(zip((steps == 1).nonzero()[:, 0].tolist(), (steps == -1).nonzero()[:, 0].tolist(), strict=True))
-    return runs if len(runs) == len(row.images) else None
 
 
 def _pad(rows: Sequence[Tensor], length: int, value: int) -> Tensor:

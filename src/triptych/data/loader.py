@@ -66,9 +66,10 @@ class LoaderConfig(Config):
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     """Most tokens of one forward pass on one rank, those that several rows share counted once; a longer row gets one
     of its own."""
-    rows_per_picture: int = Field(default=8, ge=1)
+    rows_per_picture: int | None = Field(default=None, ge=1)
     """Most rows about one picture that follow each other, so that it is computed once for all of them; 1 draws every
-    row by itself. Contrastive stages always do."""
+    row by itself, as contrastive stages always do. Default: an eighth of `global_batch`, at most 8, so that a step still
+    sees eight pictures."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the data; give this or `steps`."""
     steps: int | None = Field(default=None, ge=1)
@@ -86,6 +87,11 @@ class LoaderConfig(Config):
     """`skip` leaves out rows that cannot be used and reports them; it decodes pictures twice in the first epoch."""
     report: Path | None = None
     """JSON Lines file to which the problems of skipped rows are added."""
+
+    @property
+    def most_per_picture(self) -> int:
+        """`rows_per_picture` with its default worked out."""
+        return self.rows_per_picture or max(1, min(8, self.global_batch // 8))
 
     @model_validator(mode="after")
     def _one_length(self) -> LoaderConfig:
@@ -117,6 +123,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         kind_weights: Mapping[TokenKind, float] | None = None,
+        packed: bool = True,
     ) -> None:
         """Args:
         datasets: in the order of the mixture.
@@ -127,6 +134,7 @@ class Loader:
         rank: of this process.
         world_size: number of processes; each gets a contiguous share of every window.
         kind_weights: see `collate`.
+        packed: whether the model computes trees packed, which `micro_batch_tokens` counts by.
         """
         self._datasets = datasets
         self._mixture = mixture
@@ -136,6 +144,7 @@ class Loader:
         self._rank = rank
         self._world_size = world_size
         self._kind_weights = kind_weights
+        self._budget = Budget(config.micro_batch, config.micro_batch_tokens, packed)
         self._windows_per_epoch = math.ceil(mixture.epoch_length / config.global_batch)
         self._report = RowReport(config.report) if config.report is not None else None
         self._files = [dict(dataset.fingerprint()) for dataset in datasets]
@@ -207,7 +216,7 @@ class Loader:
         return {
             "seed": self._config.seed,
             "global_batch": self._config.global_batch,
-            "rows_per_picture": self._config.rows_per_picture,
+            "rows_per_picture": self._config.most_per_picture,
             "rows": [len(dataset) for dataset in self._datasets],
             "draws": list(self._mixture.quotas),
             "files": self._files,
@@ -243,8 +252,7 @@ class Loader:
         positions = range(epoch * length + start, epoch * length + start + size)
         share = positions[self._rank * size // self._world_size : (self._rank + 1) * size // self._world_size]
         bad: list[tuple[Origin, DataError]] = []
-        budget = Budget(self._config.micro_batch, self._config.micro_batch_tokens)
-        split = split_examples(list(self._load(share, bad)), budget, self._config.group_by_length)
+        split = split_examples(list(self._load(share, bad)), self._budget, self._config.group_by_length)
         batches = [collate(examples, self._kind_weights) for examples in split]
         window = Window(
             index=number,

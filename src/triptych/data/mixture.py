@@ -174,7 +174,7 @@ def _make_order(
     size: int, key: tuple[int, ...], groups: npt.NDArray[np.int64] | None, piece_size: int
 ) -> _Order:
     rows = _shuffle(size, key)
-    if groups is None:
+    if groups is None or len(np.unique(groups)) == size:
         return _Order(rows, np.arange(size))
     # The rows of each group in shuffled order, cut into pieces; then the pieces in shuffled order.
     rows = rows[np.argsort(groups[rows], kind="stable")]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from triptych.core.types import Example
+from triptych.data.sharing import Tree, plant
 
 
 @dataclass(frozen=True)
@@ -16,85 +16,69 @@ class Budget:
     examples: int | None = None
     """Most examples."""
     tokens: int | None = None
-    """Most tokens, shared trunks counted once."""
+    """Most tokens that are computed."""
+    packed: bool = True
+    """Trees are computed packed, so that trunks count once and padding nothing; otherwise rows times the longest."""
+
+    def allows(self, load: Load) -> bool:
+        """Whether this fits one micro-batch."""
+        if self.examples is not None and load.examples > self.examples:
+            return False
+        tokens = load.tokens if self.packed else load.rows * load.longest
+        return self.tokens is None or tokens <= self.tokens
+
+
+@dataclass(frozen=True)
+class Load:
+    """What trees put into a micro-batch."""
+
+    examples: int = 0
+    rows: int = 0
+    tokens: int = 0
+    """Each trunk once."""
+    longest: int = 0
+    """Tokens of the longest row."""
+
+    def with_tree(self, tree: Tree) -> Load:
+        """With one more tree."""
+        return Load(
+            self.examples + len(tree.examples),
+            self.rows + tree.rows,
+            self.tokens + tree.tokens,
+            max(self.longest, tree.longest),
+        )
 
 
 def split_examples(examples: Sequence[Example], budget: Budget, by_length: bool) -> list[list[Example]]:
     """The examples of each micro-batch.
 
-    Examples that follow each other and begin with the same picture are one tree, which is split only where it alone is
-    over the budget. An example over the budget of tokens gets a micro-batch of its own.
+    Examples that follow each other and share a beginning are one tree, split only where it alone is over the budget. An
+    example over the budget of tokens gets a micro-batch of its own.
 
     Args:
-        by_length: trees of like size together, so that a micro-batch of rows has little padding; otherwise in order.
+        by_length: trees of like length together, so that rows need little padding; otherwise in order.
     """
-    trees = [part for tree in _trees(examples) for part in _cut(tree, budget)]
+    trees = _trees_within(examples, budget)
     if by_length:
-        trees.sort(key=lambda tree: max(example.max_row_tokens for example in tree))
+        trees.sort(key=lambda tree: tree.longest)
     batches: list[list[Example]] = []
-    room = Budget(0, 0)
+    load = Load()
     for tree in trees:
-        size, tokens = len(tree), tree_tokens(tree)
-        if not _fits(Budget(size, tokens), room):
+        more = load.with_tree(tree)
+        if not batches or not budget.allows(more):
             batches.append([])
-            room = budget
-        batches[-1] += tree
-        room = Budget(_minus(room.examples, size), _minus(room.tokens, tokens))
+            more = Load().with_tree(tree)
+        batches[-1] += tree.examples
+        load = more
     return batches
 
 
-def tree_tokens(tree: Sequence[Example]) -> int:
-    """Tokens that are computed for examples of one tree: what lies before the end of their last shared picture once.
-
-    `collate` may find a longer trunk; this counts no token too few.
-    """
-    shared = shared_tokens(tree)
-    return shared + sum(_own_tokens(example, shared) for example in tree)
-
-
-def shared_tokens(tree: Sequence[Example]) -> int:
-    """Length of the prefix that the trunks of all examples have in common; 0 for a single example with one branch."""
-    first = tree[0].trunk.input_ids
-    if len(tree) == 1:
-        return len(first) if len(tree[0].branches) > 1 else 0
-    length = min(len(example.trunk.input_ids) for example in tree)
-    for example in tree[1:]:
-        differs = (first[:length] != example.trunk.input_ids[:length]).nonzero()
-        length = int(differs[0]) if len(differs) else length
-    return length
-
-
-def _own_tokens(example: Example, shared: int) -> int:
-    trunk = len(example.trunk.input_ids)
-    return sum(trunk - shared + len(branch.input_ids) for branch in example.branches)
-
-
-def _trees(examples: Sequence[Example]) -> list[list[Example]]:
-    def picture(numbered: tuple[int, Example]) -> object:
-        number, example = numbered
-        return example.images[0].identity if example.trunk.images else number
-
-    return [[example for _, example in run] for _, run in itertools.groupby(enumerate(examples), picture)]
-
-
-def _cut(tree: list[Example], budget: Budget) -> list[list[Example]]:
-    """Parts of a tree that fit the budget each, in order."""
-    parts: list[list[Example]] = []
-    for example in tree:
-        longer = [*parts[-1], example] if parts else []
-        if longer and _fits(Budget(len(longer), tree_tokens(longer)), budget):
-            parts[-1] = longer
+def _trees_within(examples: Sequence[Example], budget: Budget) -> list[Tree]:
+    trees: list[Tree] = []
+    for example in examples:
+        longer = trees[-1].with_example(example) if trees else None
+        if longer is not None and budget.allows(Load().with_tree(longer)):
+            trees[-1] = longer
         else:
-            parts.append([example])
-    return parts
-
-
-def _fits(size: Budget, room: Budget) -> bool:
-    return all(
-        most is None or (have is not None and have <= most)
-        for have, most in ((size.examples, room.examples), (size.tokens, room.tokens))
-    )
-
-
-def _minus(room: int | None, used: int) -> int | None:
-    return None if room is None else room - used
+            trees.append(plant(example))
+    return trees

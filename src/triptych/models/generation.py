@@ -15,7 +15,6 @@ from triptych.core.protocols import PictureProcessor
 from triptych.models.components import row_inputs_kind
 from triptych.models.modes import evaluation_mode
 from triptych.models.pictures import model_inputs
-from triptych.models.trees import plain_attention
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def generate(
     pad = stop_ids[0] if stop_ids else 0
     inputs = prompt_inputs(hf, prompts, pictures, pad)
     longest = inputs["input_ids"].shape[1]
-    with evaluation_mode(hf), plain_attention(hf):
+    with evaluation_mode(hf):
         output = hf.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

@@ -28,7 +28,7 @@ from triptych.models.generation import Prompt, generate
 from triptych.models.logprobs import DEFAULT_CHUNK, label_logprobs
 from triptych.models.picture_words import PictureWords
 from triptych.models.pictures import PICTURE_TILES, model_inputs
-from triptych.models.trees import make_layout, pack, use_tree_attention
+from triptych.models.trees import make_layout, pack, tree_inputs, use_tree_attention
 
 WORD_NEEDS: frozenset[ScoreField] = frozenset({"word_logprobs", "silence_logprobs", "picture_distances"})
 """What is computed from pictures and word embeddings, without the language model."""
@@ -70,8 +70,7 @@ class VlmScorer(nn.Module):
             chunk_size: positions whose logits live at the same time.
             pictures: makes the dummy picture of a micro-batch without pictures; needed when vision or connector train.
             words: what pictures are compared with; needed for `word_logprobs` and what comes with it.
-            trees: compute every trunk once and no padding, where `components.tree_obstacle` knows of no obstacle. The
-                language model then attends by trees for good, see `trees.plain_attention`.
+            trees: compute every trunk once and no padding, where `components.tree_obstacle` knows of no obstacle.
 
         Raises:
             ModelError: a field cannot be computed, or the model's logits are more than its head's output.
@@ -164,7 +163,7 @@ class VlmScorer(nn.Module):
         packed = {name: pack(value, layout) for name, value in extra.items()}
         packed.setdefault("position_ids", layout.columns[None])
         order = [] if features is None else self._packed_pictures(batch, features)
-        outputs = self._language(pack(batch.input_ids, layout), features, order, {**packed, "trees": layout})
+        outputs = self._language(pack(batch.input_ids, layout), features, order, {**packed, **tree_inputs(layout)})
         # The label at column t is predicted from column t - 1; several branches are predicted from one trunk token.
         return outputs.last_hidden_state[0][layout.places[:, :-1][batch.supervised[:, 1:]]]
 

@@ -48,6 +48,8 @@ class Built:
     """Write the finished model as a Hugging Face folder; called on the main rank with full weights in place."""
     by_picture: bool = True
     """Whether rows about one picture may stand together; not where the others of a batch are what a row is told from."""
+    packed: bool = False
+    """Whether the scorer computes trees packed."""
     reference: Reference | None = None
     evaluators: Callable[[nn.Module, Runtime], list[Evaluator]] = field(default=lambda scorer, runtime: [])
     """Wrapped scorer -> what measures it during training."""
@@ -98,23 +100,26 @@ def make_loader(
     pictures: PictureProcessor,
     config: LoaderConfig,
     output: Path | None,
+    *,
     by_picture: bool,
+    packed: bool,
 ) -> Loader:
     """The training source of this rank; rows that are left out are listed in the output folder.
 
     Args:
         by_picture: keep rows about one picture together, as `config` says.
+        packed: the model computes trees packed.
     """
     mixture = Mixture(
         [len(item) for item in datasets],
         [item.config.weight for item in datasets],
         config.seed,
         groups=(lambda: picture_groups(datasets)) if by_picture else None,
-        piece_size=config.rows_per_picture,
+        piece_size=config.most_per_picture,
     )
     if config.report is None and output is not None:
         config = config.model_copy(update={"report": output / ROW_REPORT})
-    return Loader(datasets, mixture, encode, pictures, config, rank=rank(), world_size=world_size())
+    return Loader(datasets, mixture, encode, pictures, config, rank=rank(), world_size=world_size(), packed=packed)
 
 
 def make_held_out_loader(
@@ -161,7 +166,7 @@ def preflight(recipe: StageRecipe, built: Built) -> None:
     if recipe.train.best and recipe.evaluation is None:
         message = f"`{recipe.train.best.metric}` is followed, but nothing evaluates it"
         raise ConfigError(Problem(message, key="train.best", remedy="give `evaluation:`, or take `best` out"))
-    loader = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, None, built.by_picture)
+    loader = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, None, by_picture=built.by_picture, packed=built.packed)
     build_optimizer(built.groups, recipe.train.optimizer, recipe.loader.global_batch)
     multiplier(recipe.train.schedule, 0, loader.total_windows)
     checkpointed_blocks(recipe.train.runtime.activation_checkpointing, len(built.blocks))

@@ -87,6 +87,7 @@ def vlm_stage(
     """What a stage that trains `vlm` hands to the engine; the arguments are what the stages differ in."""
     return Built(
         scorer=vlm.scorer,
+        packed=vlm.scorer.packs_trees,
         components=vlm.loaded.components,
         plan=vlm.plan,
         tokenizer=vlm.loaded.tokenizer,

@@ -132,19 +132,23 @@ def test_a_shared_beginning_holds_whole_equal_pictures() -> None:
     assert batch.tree_index.tolist() == [0, 0] and batch.trunk_lengths.tolist() == [4, 4]
 
 
-def test_pairs_about_one_picture_are_one_tree_of_all_answers() -> None:
-    def pair(question: int) -> Example:
+def test_examples_join_where_that_saves_tokens() -> None:
+    def pair(question: list[int]) -> Example:
         branches = (part([5, 2], [R, E], learned=2), part([6, 2], [R, E], learned=2))
-        return replace(_asked(CAT, [20, question], []), branches=branches, pairs=(Pair(0, 1),))
+        return replace(_asked(CAT, question, []), branches=branches, pairs=(Pair(0, 1),))
 
-    batch = collate([pair(21), pair(22)])
+    # [bos] [picture] once for four answers saves 4 tokens and repeats 2 of each question.
+    batch = collate([pair([20, 21]), pair([20, 22])])
     assert batch.tree_index.tolist() == [0, 0, 0, 0] and batch.trunk_lengths.tolist() == [4] * 4
     assert batch.example_index.tolist() == [0, 0, 1, 1] and batch.pairs.tolist() == [[0, 1], [2, 3]]
+    # With longer questions of their own, two trunks of the picture and a question are cheaper.
+    batch = collate([pair([20, 21, 22, 23]), pair([30, 31, 32, 33])])
+    assert batch.tree_index.tolist() == [0, 0, 1, 1] and batch.trunk_lengths.tolist() == [7] * 4
 
 
-def test_equal_examples_share_everything() -> None:
+def test_equal_examples_share_their_trunks() -> None:
     batch = collate([_asked(CAT, [20], [5, 2])] * 2)
-    assert batch.trunk_lengths.tolist() == batch.lengths.tolist() == [6, 6]
+    assert batch.trunk_lengths.tolist() == [4, 4] and batch.lengths.tolist() == [6, 6]
 
 
 @pytest.mark.requirement("A-28", "A-32", "A-31")

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from triptych.core.types import IGNORE, Branch, Example, ImageReference, Origin, TokenKind
 from triptych.data.collate import collate
-from triptych.data.packing import Budget, split_examples, tree_tokens
+from triptych.data.packing import Budget, split_examples
+from triptych.data.sharing import find_trees
 
 PICTURE = 20
 
@@ -70,12 +71,20 @@ def _computed(trees: torch.Tensor, trunks: torch.Tensor, lengths: torch.Tensor) 
 
 
 def test_a_tree_is_counted_as_it_is_computed() -> None:
-    tree = [example(line, 0, own=3) for line in (1, 2, 3)]
-    joined = collate(tree)
+    examples = [example(line, 0, own=3) for line in (1, 2, 3)]
+    joined = collate(examples)
     assert joined.tree_index.tolist() == [0, 0, 0] and joined.trunk_lengths.tolist() == [21] * 3
-    assert tree_tokens(tree) == 21 + 3 * (1 + 3) == _computed(joined.tree_index, joined.trunk_lengths, joined.lengths)
-    assert tree_tokens(tree[:1]) == 25
-    assert tree_tokens([example(1, 0, own=3, branches=2)]) == 22 + 2 * 3
+    (tree,) = find_trees(examples)
+    assert tree.tokens == 21 + 3 * (1 + 3) == _computed(joined.tree_index, joined.trunk_lengths, joined.lengths)
+    assert find_trees(examples[:1])[0].tokens == 25
+    assert find_trees([example(1, 0, own=3, branches=2)])[0].tokens == 22 + 2 * 3
+
+
+def test_rows_that_are_not_packed_count_with_their_padding() -> None:
+    examples = [example(line, 0, own=own) for line, own in ((1, 3), (2, 8), (3, 3))]
+    batches = split_examples(examples, Budget(tokens=60, packed=False), by_length=False)
+    assert [len(batch) for batch in batches] == [2, 1]  # 2 rows of 30; a third would make 90
+    assert [len(batch) for batch in split_examples(examples, Budget(tokens=60), by_length=False)] == [3]
 
 
 def test_trees_stay_whole_where_they_fit() -> None:

@@ -51,7 +51,7 @@ def test_it_is_the_loss_of_training_and_independent_of_the_batch(kind: str, file
     for name, value in results[0].items():
         assert results[2][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     loader = recipe.loader.model_copy(update={"global_batch": total, "micro_batch": 7, "prefetch": 0})
-    training = make_loader(datasets, built.encode, built.pictures, loader, None, by_picture=True)
+    training = make_loader(datasets, built.encode, built.pictures, loader, None, by_picture=True, packed=True)
     window = next(iter(training.windows()))
     built.scorer.eval()
     trained = run_window(built.scorer, built.objective, window, training, built.reference, runtime, Progress(0, None))
@@ -73,6 +73,6 @@ def test_it_leaves_no_gradient_and_keeps_frozen_parts_in_their_mode(files: Files
 
 def test_a_source_of_several_windows_is_refused(files: Files, tmp_path: Path) -> None:
     built, recipe = build("language", files, tmp_path)
-    source = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, None, by_picture=True)
+    source = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, None, by_picture=True, packed=True)
     with pytest.raises(TrainingError, match="must be one window, this one has 10"):
         HeldOutLoss(built.scorer, built.objective, source, None, Runtime(RuntimeConfig()))

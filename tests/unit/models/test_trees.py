@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from triptych.models.pictures import make_pictures
 from triptych.models.trees import TREE_ATTENTION, make_layout
 from triptych.models.vlm import VlmScorer
 
-EVERY = (*FAMILIES, "llava_clip")
+EVERY = (*FAMILIES, "llava_clip", "gemma3 narrow")
+"""`gemma3 narrow`: a sliding window shorter than a picture, whose tokens see each other within it only."""
 A, B = noise(40, 60, seed=1), noise(64, 32, seed=2)
 TREES: tuple[Tree, ...] = (
     # A long trunk with a picture; one branch is a single token.
@@ -40,7 +42,8 @@ TREES: tuple[Tree, ...] = (
 def _scorers(family: str, dtype: torch.dtype) -> tuple[VlmScorer, VlmScorer, Any, Any]:
     built = []
     for trees in (False, True):
-        model, tokenizer, image_processor = tiny_family(family, dtype=dtype)
+        changes = {"sliding_window": 3} if "narrow" in family else {}
+        model, tokenizer, image_processor = tiny_family(family.split()[0], dtype=dtype, **changes)
         pictures = make_pictures(model.config, image_processor, tokenizer)
         built.append(VlmScorer(model, find_components(model), pictures=pictures, trees=trees))
     assert built[1].packs_trees and not built[0].packs_trees
@@ -168,10 +171,17 @@ def test_a_model_that_attends_by_trees_generates_as_before() -> None:
     assert fast.hf.config.text_config._attn_implementation == TREE_ATTENTION
 
 
-def test_a_model_that_attends_by_trees_refuses_rows() -> None:
-    _, fast, tokenizer, pictures = _scorers("llava", torch.float32)
-    with pytest.raises(ValueError, match="packed trees need a layout"):
-        fast.hf(input_ids=batch_of([("hello",)], tokenizer, pictures).input_ids)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_inside_is_as_it_was(family: str, tmp_path: Path) -> None:
+    plain, fast, tokenizer, pictures = _scorers(family, torch.float32)
+    fast(tree_batch(TREES, tokenizer, pictures))
+    rows = batch_of([("hello you",), ("and a longer one",)], tokenizer, pictures)
+    inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
+    if family == "gemma3":
+        inputs["token_type_ids"] = torch.zeros_like(rows.input_ids)
+    assert torch.equal(fast.hf(**inputs).logits, plain.hf(**inputs).logits)
+    fast.hf.save_pretrained(tmp_path)
+    assert TREE_ATTENTION not in (tmp_path / "config.json").read_text()
 
 
 def test_a_trunk_that_cuts_a_picture_is_refused() -> None:
