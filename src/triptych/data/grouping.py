@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from triptych.core.errors import DataError
-from triptych.core.types import Sample
-
 
 class Rows(Protocol):
     """A data set: rows by number."""
@@ -16,25 +13,21 @@ class Rows(Protocol):
         """Rows."""
         ...
 
-    def sample(self, index: int) -> Sample:
-        """Read one row; raises DataError."""
+    def picture_key(self, index: int) -> tuple[str, ...] | None:
+        """Equal for rows that show the same pictures in the same order; None without pictures."""
         ...
 
 
 def picture_groups(datasets: Sequence[Rows]) -> list[list[int]]:
     """For each data set, a number for each row: equal for rows that show the same pictures in the same order.
 
-    Rows without pictures and rows that cannot be read have a number of their own. Pictures are told apart by where they
-    are, see `ImageReference.identity`; none is opened.
+    Rows without pictures have a number of their own. No picture is opened.
     """
     numbers: dict[object, int] = {}
-    groups = []
-    for dataset in datasets:
-        groups.append([])
-        for index in range(len(dataset)):
-            try:
-                key = tuple(image.identity for image in dataset.sample(index).images)
-            except DataError:
-                key = ()
-            groups[-1].append(numbers.setdefault(key or (id(dataset), index), len(numbers)))
-    return groups
+    return [
+        [
+            numbers.setdefault(dataset.picture_key(index) or (number, index), len(numbers))
+            for index in range(len(dataset))
+        ]
+        for number, dataset in enumerate(datasets)
+    ]

@@ -32,6 +32,11 @@ PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "
 class RowSource(Protocol):
     """Rows by number."""
 
+    @property
+    def holds_pictures(self) -> bool:
+        """Whether the rows hold the pictures themselves, so that reading a row may read its pictures."""
+        ...
+
     def __len__(self) -> int:
         """Number of rows, broken ones included."""
         ...
@@ -84,6 +89,8 @@ def data_files(path: Path, name: str) -> dict[str, Path]:
 
 class JsonRows:
     """JSON objects of a file, each read from its range of bytes when it is asked for."""
+
+    holds_pictures = False
 
     def __init__(self, path: Path, name: str, spans: Iterable[tuple[int, int, int]]) -> None:
         """Args: the file, how messages call it, and (first byte, byte after the last, line) of each object."""
@@ -144,6 +151,7 @@ class ArrowRows:
         # The arrow format bypasses the library's feature decoding, which would decode every picture of a row.
         self._table = dataset.with_format("arrow")
         self._name = name
+        self.holds_pictures = any("binary" in str(field.type) for field in dataset.features.arrow_schema)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -184,6 +192,8 @@ class WebdatasetRows:
     A row is `{"__key__": path, extension: ..., ...}` with `txt` decoded and `json` parsed; every other member is a
     reference to its bytes in the tar, which are not read here, and nothing in a tar is ever executed.
     """
+
+    holds_pictures = True
 
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name
@@ -238,6 +248,7 @@ class ConcatenatedRows:
 
     def __init__(self, sources: Sequence[RowSource]) -> None:
         self._sources = sources
+        self.holds_pictures = any(source.holds_pictures for source in sources)
         self._ends = list(itertools.accumulate(len(source) for source in sources))
 
     def __len__(self) -> int:

@@ -70,6 +70,8 @@ class DelimitedRows:
     The separator is a tab when the header has one, whatever the file's ending: `.csv` files with tabs are common.
     """
 
+    holds_pictures = False
+
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name
         self._starts, self._ends, self._lines = array("q"), array("q"), array("q")

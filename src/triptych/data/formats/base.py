@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ class RowContext:
     """Place of the row, with its id."""
     task: str
     """The row's own task tag, or the data set's."""
+    looks_for_files: bool = True
+    """False: pictures are taken as they are spelled, whether or not the files are there."""
 
     def picture(self, value: Any) -> ImageReference:
         """Turn what a record holds in a picture field into a reference: a name, bytes, or `{"bytes", "path"}`.
@@ -56,7 +59,7 @@ class RowContext:
         if isinstance(value, ImageReference):
             return value
         if isinstance(value, str):
-            return resolve_image(self.root, value)
+            return self._find(value)
         if isinstance(value, bytes):
             return ImageReference(data=value, name=f"picture bytes of {self.origin}")
         if isinstance(value, dict):
@@ -66,10 +69,13 @@ class RowContext:
                 label = str(names[0]) if names else f"picture bytes of {self.origin}"
                 return ImageReference(data=data, name=label)
             if names and isinstance(names[0], str):
-                return resolve_image(self.root, names[0])
+                return self._find(names[0])
         shown = repr(value)[:80]
         message = f"`{shown}` is not a picture"
         raise DataError(Problem(message, remedy='give a path, a data: URL, or {"bytes": ..., "path": ...}'))
+
+    def _find(self, name: str) -> ImageReference:
+        return resolve_image(self.root, name) if self.looks_for_files else ImageReference(path=name, name=name)
 
 
 ReadRow = Callable[[Row, ConfigType, RowContext], Sequence[Sample]]
@@ -125,13 +131,31 @@ class Dataset:
         Raises:
             DataError: the row is broken or breaks a rule of its format; every problem has file and line.
         """
+        return self._sample(index, looks_for_files=True)
+
+    def picture_key(self, index: int) -> tuple[str, ...] | None:
+        """Equal for samples of a run that show the same pictures in the same order; None without pictures.
+
+        A function of the data file alone: whether pictures are there, and what they hold, makes no difference.
+        """
+        row_index, _ = self._locate(index)
+        if self._source.holds_pictures:
+            place = self.origin(index)
+            return (place.file, str(row_index))
+        try:
+            sample = self._sample(index, looks_for_files=False)
+        except DataError:
+            return None
+        return (str(self._root.absolute()), *(_short(image) for image in sample.images)) if sample.images else None
+
+    def _sample(self, index: int, looks_for_files: bool) -> Sample:
         row_index, part = self._locate(index)
         place = self.origin(index)
         try:
             row = self._source.row(row_index)
             origin = replace(place, id=_identify(row, place, row_index))
             task = next((row[key] for key in ("task", "channel") if _is_tag(row.get(key))), self.config.task)
-            samples = self._read(row, self.config, RowContext(self._root, origin, task))
+            samples = self._read(row, self.config, RowContext(self._root, origin, task, looks_for_files))
             if self._row_of is None and len(samples) > 1:
                 message = f"the row holds {len(samples)} captions, the first rows of the file hold one each"
                 remedy = "give one of the first eight rows a list too, then every row's captions are counted"
@@ -182,6 +206,13 @@ def _weigh(sample: Sample, row: Row) -> Sample:
             preference, pairs=tuple(replace(pair, weight=pair.weight * weight) for pair in preference.pairs)
         )
     return replace(sample, preference=preference, weight=sample.weight * weight)
+
+
+def _short(image: ImageReference) -> str:
+    """The picture as the row spells it; a digest of one that is spelled out in the row."""
+    if image.data is None and len(image.path or "") < 512:
+        return str(image.path)
+    return hashlib.blake2b(image.data or str(image.path).encode(), digest_size=16).hexdigest()
 
 
 def _is_tag(value: object) -> bool:
