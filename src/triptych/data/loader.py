@@ -200,6 +200,7 @@ class Loader:
         Raises:
             CheckpointError: seed, global batch or data differ, so that the order would be another one.
         """
+        state = {"rows_per_picture": 1, **state}  # which earlier checkpoints do not know
         remedy = "resume with the same data and batch size, or start a new run from the checkpoint's weights"
         for name, value in self._identity().items():
             if name != "files" and state[name] != value:

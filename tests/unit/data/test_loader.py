@@ -21,6 +21,7 @@ from tests.fake_pictures import FakePictures
 from tests.unit.data.formats.reading import open_file
 from triptych.core.errors import CheckpointError, DataError
 from triptych.core.types import IGNORE, Batch, Branch, Example, ImageReference, Message, Origin, Sample, Text, Window
+from triptych.data.grouping import picture_groups
 from triptych.data.images import read_size
 from triptych.data.loader import Loader, LoaderConfig
 from triptych.data.mixture import Mixture
@@ -175,8 +176,100 @@ def test_the_shares_of_the_ranks_join_to_the_windows_of_one_process(world_size: 
     for shares in zip(*ranks, strict=True):
         sizes = [len(rows(window)) for window in shares]
         assert max(sizes) - min(sizes) <= 1
-        assert len({len(window.batches) for window in shares}) == 1
         assert all(window.batches for window in shares)
+
+
+class Pictured(Numbers):
+    """Rows 3n to 3n + 2 are about one picture; row n has n extra tokens, so that ranks differ."""
+
+    def __init__(self, size: int, folder: Path) -> None:
+        super().__init__("p", size)
+        self.folder = folder
+        for number in range(-(-size // 3)):
+            Image.new("RGB", (2, 2), (number, 0, 0)).save(folder / f"{number}.png")
+
+    def picture_key(self, index: int) -> tuple[str, ...]:
+        return (str(index // 3),)
+
+    def sample(self, index: int) -> Sample:
+        file = self.folder / f"{index // 3}.png"
+        parts = (ImageReference(path=str(file), name=file.name), Text(str(index)))
+        return Sample((Message("user", parts),), self.origin(index))
+
+
+def encode_pictured(sample: Sample) -> Example:
+    """Six tokens up to the end of the picture, then as many as the row's number, 1 of them learned."""
+    index = int(sample.messages[0].text)
+    kinds = torch.tensor([1, 4, 4, 4, 4, 2], dtype=torch.uint8)
+    ids = torch.tensor([1, 9, 9, 9, 9, 3])
+    own = torch.full((index + 1,), 10 + index)
+    return Example(
+        trunk=Branch(ids, torch.full((6,), IGNORE), kinds, torch.ones(6), (0,)),
+        branches=(Branch(own, own, torch.full((index + 1,), 5, dtype=torch.uint8), torch.ones(index + 1)),),
+        images=sample.images,
+        image_sizes=((2, 2),),
+        origin=sample.origin,
+    )
+
+
+def make_pictured(data: Pictured, rank: int = 0, world_size: int = 1, packed: bool = True, **config: Any) -> Loader:
+    options: dict[str, Any] = {"global_batch": 6, "epochs": 3, "seed": 3, "prefetch": 0} | config
+    mixture = Mixture([len(data)], [None], 3, lambda: picture_groups([data]), options.get("rows_per_picture", 3))
+    return Loader([data], mixture, encode_pictured, PICTURES, LoaderConfig(**options), rank, world_size, packed=packed)
+
+
+@pytest.mark.requirement("A-33")
+@pytest.mark.parametrize("done", range(8))
+def test_rows_about_one_picture_are_trees_the_same_after_a_resume(tmp_path: Path, done: int) -> None:
+    data = Pictured(14, tmp_path)
+    whole = list(make_pictured(data, micro_batch_tokens=60).windows())
+    assert sorted(rows(window) for window in whole[:1]) != [[f"p:{line}" for line in range(1, 7)]]
+    assert sorted(row for window in whole[:3] for row in rows(window)) == sorted(f"p:{n}" for n in range(1, 15))
+    shared = [len(batch.tree_index) - int(batch.tree_index[-1]) - 1 for window in whole for batch in window.batches]
+    assert sum(shared) > 14  # rows that stand behind another one of their picture
+    loader = make_pictured(data, micro_batch_tokens=60)
+    taken = list(itertools.islice(loader.windows(), done))
+    resumed = make_pictured(data, micro_batch_tokens=60)
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    assert_equal([*taken, *resumed.windows()], whole)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_windows_of_trees(tmp_path: Path, world_size: int) -> None:
+    data = Pictured(14, tmp_path)
+    whole = [rows(window) for window in make_pictured(data, micro_batch=6).windows()]
+    ranks = [list(make_pictured(data, r, world_size, micro_batch_tokens=30).windows()) for r in range(world_size)]
+    assert [[row for window in shares for row in rows(window)] for shares in zip(*ranks, strict=True)] == whole
+    # Token budgets make different numbers of micro-batches; the engine evens them out.
+    assert len({len(window.batches) for shares in zip(*ranks, strict=True) for window in shares}) > 1
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_micro_batches_keep_to_their_tokens(tmp_path: Path, packed: bool) -> None:
+    loader = make_pictured(Pictured(14, tmp_path), packed=packed, micro_batch_tokens=45)
+    for batch in (batch for window in loader.windows() for batch in window.batches):
+        own = int((batch.lengths - batch.trunk_lengths).sum())
+        firsts = {int(tree): int(trunk) for tree, trunk in zip(batch.tree_index, batch.trunk_lengths, strict=True)}
+        computed = own + sum(firsts.values()) if packed else batch.input_ids.numel()
+        assert computed <= 45 or batch.num_rows == 1
+
+
+def test_how_rows_are_split_must_be_said_and_pictures_per_step_are_kept() -> None:
+    with pytest.raises(ValidationError, match="give `micro_batch`"):
+        LoaderConfig(global_batch=1, epochs=1)
+    most = {size: LoaderConfig(global_batch=size, micro_batch=1, epochs=1).most_per_picture for size in (1, 16, 200)}
+    assert most == {1: 1, 16: 2, 200: 8}
+    assert LoaderConfig(global_batch=4, micro_batch=1, epochs=1, rows_per_picture=4).most_per_picture == 4
+
+
+def test_a_checkpoint_with_another_grouping_is_refused(tmp_path: Path) -> None:
+    data = Pictured(14, tmp_path)
+    state = make_pictured(data, micro_batch=2, rows_per_picture=3).state_dict()
+    with pytest.raises(CheckpointError, match="made with rows_per_picture 3, this run has 2"):
+        make_pictured(data, micro_batch=2, rows_per_picture=2).load_state_dict(state)
+    del state["rows_per_picture"]  # of a version that drew every row by itself
+    with pytest.raises(CheckpointError, match="made with rows_per_picture 1"):
+        make_pictured(data, micro_batch=2, rows_per_picture=3).load_state_dict(state)
 
 
 def test_a_rank_without_rows_gets_a_batch_that_counts_nothing() -> None:
