@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import re
 from collections.abc import Iterator
@@ -122,6 +123,15 @@ def read_encoded(reference: ImageReference) -> bytes:
     with open(reference.path, "rb") as stream:
         stream.seek(reference.offset or 0)
         return stream.read(-1 if reference.size is None else reference.size)
+
+
+def picture_key(reference: ImageReference) -> str:
+    """Digest of a picture's encoded bytes.
+
+    Raises:
+        OSError: its file cannot be read.
+    """
+    return hashlib.blake2b(read_encoded(reference), digest_size=16).hexdigest()
 
 
 def describe(reference: ImageReference) -> str:

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from triptych.core.errors import DataError
 from triptych.core.types import ImageReference
-from triptych.data.images import MAX_PIXELS, decode, read_size, resolve_image
+from triptych.data.images import MAX_PIXELS, decode, picture_key, read_size, resolve_image
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> ImageReference:
@@ -209,3 +209,11 @@ class TestRefuse:
     def test_a_file_that_went_away(self) -> None:
         with pytest.raises(DataError, match="cannot be decoded"):
             decode(ImageReference(path="/nowhere/1.png", name="1.png"))
+
+
+def test_equal_bytes_have_equal_keys(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"picture")
+    (tmp_path / "b.png").write_bytes(b"another")
+    same = ImageReference(data=b"picture")
+    assert picture_key(ImageReference(path=str(tmp_path / "a.png"))) == picture_key(same)
+    assert picture_key(ImageReference(path=str(tmp_path / "b.png"))) != picture_key(same)

@@ -1,0 +1,127 @@
+"""Features of frozen vision towers on disk: a picture that was seen once is never run through the tower again.
+
+A cache is a folder of safetensors files, each written whole or not at all, so that a crash loses only what was not
+written yet. Files are memory-mapped; nothing is read before it is asked for. A picture's key is a digest of its bytes;
+the folder belongs to one tower with one image processor, see `tower_key`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+SHARD_BYTES = 64 * 2**20
+"""Features are written once this much has come together."""
+_SEPARATOR = "/"
+
+
+class FeatureCache:
+    """Picture key -> named tensors.
+
+    Several processes may use one folder: each writes files of its own, and sees what was there when it opened.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+        """Open the folder, which is made if absent; files that were cut off are removed.
+
+        Args:
+            limit_bytes: nothing is added once the folder holds this much; what is there stays in use.
+            shard_bytes: size of a file.
+        """
+        self._folder = folder
+        self._limit = limit_bytes
+        self._shard_bytes = shard_bytes
+        self._places: dict[str, tuple[Path, list[str]]] = {}
+        self._open: dict[Path, Any] = {}
+        self._waiting: dict[str, dict[str, Tensor]] = {}
+        self._waiting_bytes = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._bytes = sum(self._index(file) for file in sorted(folder.glob("*.safetensors")))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the limit is reached."""
+        return self._limit is not None and self._bytes + self._waiting_bytes >= self._limit
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._waiting or key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places) + len(self._waiting)
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of a picture, on the CPU, memory-mapped; None where it is not known."""
+        if key in self._waiting:
+            return self._waiting[key]
+        if key not in self._places:
+            return None
+        file, names = self._places[key]
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        return {name: self._open[file].get_tensor(f"{key}{_SEPARATOR}{name}") for name in names}
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Remember a picture; does nothing where it is known or the cache is full."""
+        if key in self or self.is_full:
+            return
+        kept = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+        self._waiting[key] = kept
+        self._waiting_bytes += sum(value.nbytes for value in kept.values())
+        if self._waiting_bytes >= self._shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting."""
+        if not self._waiting:
+            return
+        joined = {
+            f"{key}{_SEPARATOR}{name}": value.contiguous()
+            for key, tensors in self._waiting.items()
+            for name, value in tensors.items()
+        }
+        file = self._folder / f"{uuid.uuid4().hex}.safetensors"
+        aside = file.with_suffix(".part")
+        with open(aside, "wb") as stream:
+            stream.write(save(joined))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, file)
+        self._waiting, self._waiting_bytes = {}, 0
+        self._bytes += self._index(file)
+
+    def _index(self, file: Path) -> int:
+        try:
+            with safe_open(file, framework="pt") as stored:
+                names = list(stored.keys())
+        except (SafetensorError, OSError):
+            file.unlink(missing_ok=True)
+            return 0
+        for full in names:
+            key, _, name = full.partition(_SEPARATOR)
+            known = self._places.setdefault(key, (file, []))
+            if known[0] == file:
+                known[1].append(name)
+        return file.stat().st_size
+
+
+def tower_key(tower: nn.Module, settings: Mapping[str, Any]) -> str:
+    """Digest of all that a picture's features depend on beside the picture: weights, buffers, their types, settings.
+
+    Args:
+        settings: those of the image processor and of the tower's configuration, as plain values.
+    """
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, value in sorted(tower.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,102 @@
+"""Features on disk survive, are found again, keep to their limit, and belong to one tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from triptych.models.features import FeatureCache, tower_key
+
+
+def features(number: int) -> dict[str, torch.Tensor]:
+    return {"states": torch.full((4, 8), float(number)), "grid": torch.tensor([1, number, 2])}
+
+
+def test_what_was_put_is_found_again_by_another_process(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path / "cache")
+    for number in range(5):
+        cache.put(f"k{number}", features(number))
+    assert len(cache) == 5 and "k3" in cache and not list((tmp_path / "cache").iterdir())
+    torch.testing.assert_close(cache.get("k3"), features(3), rtol=0, atol=0)
+    cache.flush()
+    for again in (cache, FeatureCache(tmp_path / "cache")):
+        assert len(again) == 5 and again.get("k9") is None
+        for number in range(5):
+            torch.testing.assert_close(again.get(f"k{number}"), features(number), rtol=0, atol=0)
+
+
+def test_a_file_is_written_when_enough_has_come_together_and_nothing_twice(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, shard_bytes=2 * (4 * 8 * 4 + 3 * 8))
+    for number in (0, 1, 1, 0, 2):
+        cache.put(f"k{number}", features(number))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 and len(cache) == 3
+    cache.put("k0", features(9))
+    torch.testing.assert_close(cache.get("k0"), features(0), rtol=0, atol=0)
+
+
+def test_types_are_kept_and_later_changes_do_not_reach_the_cache(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path)
+    value = torch.ones(3, dtype=torch.bfloat16)
+    cache.put("a", {"states": value})
+    value.zero_()
+    cache.flush()
+    found = FeatureCache(tmp_path).get("a")
+    assert found is not None and found["states"].dtype == torch.bfloat16 and found["states"].tolist() == [1, 1, 1]
+
+
+def test_a_file_that_was_cut_off_costs_only_what_it_held(tmp_path: Path) -> None:
+    for number in range(2):
+        cache = FeatureCache(tmp_path)
+        cache.put(f"k{number}", features(number))
+        cache.flush()
+    first = FeatureCache(tmp_path)
+    broken = next(file for file in tmp_path.glob("*.safetensors") if b"k0/" in file.read_bytes())
+    broken.write_bytes(broken.read_bytes()[:-40])
+    del first
+    cache = FeatureCache(tmp_path)
+    assert "k0" not in cache and "k1" in cache and not broken.exists()
+
+
+def test_the_limit_is_kept(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, limit_bytes=600, shard_bytes=300)
+    for number in range(50):
+        cache.put(f"k{number}", features(number))
+    cache.flush()
+    assert cache.is_full and 2 <= len(cache) < 10
+    again = FeatureCache(tmp_path, limit_bytes=600)
+    again.put("new", features(1))
+    assert "new" not in again and "k0" in again
+
+
+def test_two_processes_share_a_folder(tmp_path: Path) -> None:
+    one, two = FeatureCache(tmp_path), FeatureCache(tmp_path)
+    one.put("a", features(1))
+    two.put("a", features(1))
+    two.put("b", features(2))
+    one.flush()
+    two.flush()
+    again = FeatureCache(tmp_path)
+    assert len(again) == 2
+    torch.testing.assert_close(again.get("b"), features(2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["weight", "buffer", "type", "settings"])
+def test_another_tower_has_another_key(change: str) -> None:
+    def tower() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+    one, other, settings = tower(), tower(), {"size": 3}
+    assert tower_key(one, {"size": 3}) == tower_key(other, settings)
+    if change == "weight":
+        other[0].weight.data[1, 1] += 1e-6
+    elif change == "buffer":
+        other[1].running_mean += 1
+    elif change == "type":
+        other.to(torch.float64)
+    else:
+        settings = {"size": 4}
+    assert tower_key(one, {"size": 3}) != tower_key(other, settings)
