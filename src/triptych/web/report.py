@@ -250,7 +250,8 @@ def _samples(replies: Sequence[_Replies]) -> list[dict[str, Any]]:
             if kept.get(key, 0) < EACH:
                 kept[key] = kept.get(key, 0) + 1
                 chosen.append(_sample(answer, said[answer.origin, answer.question, answer.truth], item.roots))
-    return sorted(chosen, key=lambda sample: str(sample["task"]))
+    order = list(dict.fromkeys(sample["task"] for sample in chosen))  # tasks that were trained for usually come first
+    return sorted(chosen, key=lambda sample: order.index(sample["task"]))
 
 
 def _sample(answer: Answer, said: Sequence[tuple[str, Answer]], roots: Sequence[Path]) -> dict[str, Any]:
