@@ -96,6 +96,11 @@ def evaluate(
 
     first, *overrides = rest or [""]
     if model.suffix in (".yaml", ".yml"):
+        given = {"--images": images, "--against": against, "--blind": blind, "--output": output, "--limit": limit}
+        refused = [name for name, value in given.items() if value] + (["--format"] if format != "llava" else [])
+        if refused:
+            remedy = "set it in the file, or by its key: runs.0.limit=20 output=runs/again"
+            raise typer.BadParameter(f"{', '.join(refused)} cannot be given with an evaluation file; {remedy}")
         recipe = evaluation_file(model, rest or [])
     elif not first or "=" in first:
         raise typer.BadParameter("give a data file after the folder of a model: triptych eval MODEL DATA")
@@ -112,7 +117,6 @@ def chat(
     image: Annotated[
         str | None, typer.Option(help="Picture to start with: a path, or the number of a test scene.")
     ] = None,
-    terminal: Annotated[bool, typer.Option("--terminal", help="Talk in the terminal (the only form so far).")] = True,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
 ) -> None:
@@ -120,7 +124,6 @@ def chat(
     _quiet()
     from triptych.stages.using import chat_in_terminal
 
-    del terminal
     chat_in_terminal(model, image, system, max_new_tokens)
 
 
@@ -169,7 +172,11 @@ def write_report(
     """Write one self-contained HTML page: curves, accuracy by task, answers with pictures, what was trained."""
     from triptych.web.report import write_report as run_report
 
-    Console(soft_wrap=True).print(f"report: {run_report(run, output)}", markup=False, highlight=False)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    file, missing = run_report(run, output)
+    console.print(f"report: {file}")
+    if missing:
+        console.print(f"{missing} pictures were not found: run this in the folder where the model was trained")
 
 
 @app.command()

@@ -20,7 +20,8 @@ def main(folder: str, answers: str, pictures: str, count: int = 10) -> int:
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     differing = 0
-    for line in Path(answers).read_text(encoding="utf-8").splitlines()[:count]:
+    lines = Path(answers).read_text(encoding="utf-8").split("\n")[:-1][:count]
+    for line in lines:
         row = json.loads(line)
         (name,) = row["pictures"]
         content = [{"type": "image"}, {"type": "text", "text": row["question"].removeprefix("\n")}]
@@ -33,7 +34,7 @@ def main(folder: str, answers: str, pictures: str, count: int = 10) -> int:
         is_same = said == row["prediction"].strip()
         differing += not is_same
         print(f"{name}: {row['question']!r}: {said!r} {'as' if is_same else 'but not as'} {row['prediction']!r}")
-    print(f"{differing} of {count} answers differ")
+    print(f"{differing} of {len(lines)} answers differ")
     return differing
 
 

@@ -24,6 +24,7 @@ def _demo(server: CommandServer, folder: Path, kills: int = 0, seconds: float = 
     succeed(server.run(scenes, folder / "scenes.log"))
     generator = random.Random("demo")
     killed: list[float] = []
+    saved: list[int] = []
     while True:
         after = generator.uniform(0, seconds) if len(killed) < kills else None
         command = ["train", str(ROOT / "recipes/demo/demo-fast.yaml")]
@@ -31,8 +32,10 @@ def _demo(server: CommandServer, folder: Path, kills: int = 0, seconds: float = 
         if not result.was_killed:
             succeed(result)
             assert len(killed) == kills, f"the run ended before it was killed {kills} times: {killed}"
+            assert not kills or saved[-1] > 0, f"no kill left a checkpoint to resume from: {killed}"
             return result.seconds, killed
         killed.append(after or 0.0)
+        saved.append(len(list(folder.glob("runs/*/*/checkpoints/step-*"))))
 
 
 @pytest.mark.slow

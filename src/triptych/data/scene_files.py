@@ -74,9 +74,9 @@ def write_scenes(folder: Path, sizes: Sizes, advance: Callable[[int, int], None]
         sizes: how much.
         advance: called with (pictures drawn, pictures in all).
     """
-    stamp = {**asdict(sizes), "format": 4}
+    stamp = {**asdict(sizes), "format": 5}
     marker = folder / "scenes.json"
-    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == stamp:
+    if marker.is_file() and marker.read_text(encoding="utf-8") == json.dumps(stamp) + "\n":
         return False
     marker.unlink(missing_ok=True)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,12 @@ def _write_training(folder: Path, sizes: Sizes) -> Iterator[_Picture]:
 
 def _write_test(folder: Path, sizes: Sizes) -> Iterator[_Picture]:
     """Each question about a scene of its own; the tasks take turns, so that the first rows are a fair sample."""
-    combinations = {name: CORE[name] for name in ("counting", "position", "caption")}
+    # A single thing stands at a held-out place; where there are several, the number is held out.
+    combinations = {
+        "counting": _about(CORE["counting"], is_single=False),
+        "position": _about(CORE["position"], is_single=True),
+        "caption": _about(CORE["caption"], is_single=False),
+    }
     few = -(-sizes.test // 4)
     plans: tuple[tuple[Split, str, dict[str, Ask], int], ...] = (
         ("validation", "validation_questions.json", CORE, min(10, few)),
@@ -185,6 +190,11 @@ def _next_question(stock: Iterator[tuple[str, Scene]], ask: Ask, key: str) -> tu
     """The next scene that allows this question."""
     generator = random.Random(key)
     return next((name, scene, question) for name, scene in stock if (question := ask(scene, generator)) is not None)
+
+
+def _about(ask: Ask, is_single: bool) -> Ask:
+    """The question, about scenes of a single thing or of several only."""
+    return lambda scene, generator: ask(scene, generator) if (scene.target == "") == is_single else None
 
 
 def _file(name: str) -> str:

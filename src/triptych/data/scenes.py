@@ -87,7 +87,6 @@ SIDE = 96
 """Pixels of a side of a scene."""
 
 Split = Literal["train", "validation", "test", "combinations"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test", "combinations")
 """`combinations` holds the names at places, and in numbers, that no other split shows."""
 
 

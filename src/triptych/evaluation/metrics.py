@@ -68,8 +68,16 @@ NUMBERS = {
 def number_of(text: str) -> int | None:
     """The number an answer names, in digits or as a word up to ten; None where it names none or more than one."""
     found = re.findall(r"\d+|[a-z]+", normalise_answer(text))
-    values = [int(word) if word.isdigit() else NUMBERS[word] for word in found if word.isdigit() or word in NUMBERS]
+    values = [int(word) if word.isdecimal() else NUMBERS[word] for word in found if word.isdecimal() or word in NUMBERS]
     return values[0] if len(values) == 1 else None
+
+
+def bare_number(text: str) -> int | None:
+    """The number that an answer consists of, `3`, `three` or `Three.`; None for any other, "no" and "a" included."""
+    word = normalise_answer(text)
+    if word.isdecimal():
+        return int(word)
+    return NUMBERS[word] if word in NUMBERS and word not in ("no", "none", "a", "an") else None
 
 
 def objects_of(text: str) -> Counter[str]:
@@ -82,7 +90,7 @@ def objects_of(text: str) -> Counter[str]:
         words = part.strip(string.punctuation + string.whitespace).split()
         if not words:
             continue
-        number = int(words[0]) if words[0].isdigit() else NUMBERS.get(words[0])
+        number = int(words[0]) if words[0].isdecimal() else NUMBERS.get(words[0])
         name = " ".join(words if number is None else words[1:])
         count = 1 if number is None else number
         things[_singular(name) if count != 1 else name] += count

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from triptych.evaluation.answers import Answer
-from triptych.evaluation.metrics import bootstrap_interval, normalise_answer, number_of
+from triptych.evaluation.metrics import bare_number, bootstrap_interval, normalise_answer, number_of
 
 MOST_CHOICES = 12
 """A task whose truths are at most this many different answers has a confusion table."""
@@ -59,9 +59,9 @@ def _summarise(answers: Sequence[Answer], is_task: bool) -> TaskSummary:
 def count_error(answers: Sequence[Answer]) -> tuple[float | None, int]:
     """(mean absolute error of the numbers answered, questions answered without one), or (None, 0).
 
-    Only where every true answer is one number.
+    Only where every true answer is a number and nothing else; "no" and "none" answer other questions too.
     """
-    truths = [number_of(answer.truth) for answer in answers]
+    truths = [bare_number(answer.truth) for answer in answers]
     if None in truths:
         return None, 0
     pairs = [(number_of(answer.prediction), truth) for answer, truth in zip(answers, truths, strict=True)]
@@ -95,16 +95,20 @@ class Difference:
     """Questions that both answered."""
 
 
-def compare(first: Sequence[Answer], second: Sequence[Answer]) -> dict[str, Difference]:
-    """The difference by task over the questions that both answered; `all` comes first.
+def compare(rivals: Sequence[tuple[Sequence[Answer], Sequence[Answer]]]) -> dict[str, Difference]:
+    """The difference by task over the questions that both of a pair answered; `all` comes first.
+
+    Args:
+        rivals: answers of one model and of another, for one or more such pairs (the seeds of two ways to train).
 
     Raises:
         ValueError: no question was answered by both.
     """
-    others = {(answer.origin, answer.question, answer.truth): answer for answer in second}
-    pairs = [
-        (answer, others[key]) for answer in first if (key := (answer.origin, answer.question, answer.truth)) in others
-    ]
+    pairs = []
+    for first, second in rivals:
+        others = {(answer.origin, answer.question, answer.truth): answer for answer in second}
+        keys = [(answer.origin, answer.question, answer.truth) for answer in first]
+        pairs += [(answer, others[key]) for answer, key in zip(first, keys, strict=True) if key in others]
     if not pairs:
         raise ValueError("no question was answered by both")
     tasks: dict[str, list[tuple[Answer, Answer]]] = {"all": pairs}

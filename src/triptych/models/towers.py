@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import (
@@ -116,12 +117,22 @@ def resolve_source(source: str) -> str:
     path = Path(source).expanduser()
     if path.exists():
         return str(path)
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or path.suffix == ".gguf":
-        parent = path.parent
-        names = [item.name for item in parent.iterdir()] if parent.is_dir() else []
-        remedy = did_you_mean(path.name, names) if names else f"the folder {parent} is missing or empty"
-        raise ModelError(f"no model at {source}", file=source, remedy=remedy)
-    return source
+    explicit = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or path.suffix == ".gguf"
+    if not explicit and not _looks_like_path(source):
+        return source
+    names = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    remedy = did_you_mean(path.name, names) if names else f"the folder {path.parent} is missing or empty"
+    if not explicit:
+        remedy += f"; if the hub id is meant: hf download {source}"
+    raise ModelError(f"no model at {source}", file=source, remedy=remedy)
+
+
+def _looks_like_path(source: str) -> bool:
+    """Whether `runs/first`, which could be a hub id, is likelier a path: there is a folder `runs` here, and the hub's
+    cache holds no such model. Asking the hub would take minutes without a network and end in an unrelated error."""
+    folder = Path(source).parent
+    is_below = source.count("/") == 1 and folder.is_dir()
+    return is_below and not isinstance(try_to_load_from_cache(source, "config.json"), str)
 
 
 def load_vision_tower(config: VisionConfig, dtype: torch.dtype, pooled: bool) -> VisionTower:

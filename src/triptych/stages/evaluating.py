@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -58,6 +60,8 @@ class EvaluationRun(Config):
     """Names of the data sets it answers; empty: all."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first rows of each data set only."""
+    against: str | None = None
+    """Name of the run it is compared with; default: the first."""
 
 
 class EvaluationRecipe(Config):
@@ -71,6 +75,9 @@ class EvaluationRecipe(Config):
     """Name -> questions with true answers."""
     runs: tuple[EvaluationRun, ...] = Field(min_length=1)
     """The models, in the order of the columns."""
+    together: dict[str, tuple[str, ...]] = Field(default={})
+    """Name -> runs whose answers are also counted together (the seeds of one way, say), in a table of their own; they
+    are compared with those of the first name, run by run."""
     metrics: dict[str, MetricName] = Field(default={})
     """Task -> what makes an answer right: `exact` (default), `objects` (a caption lists the same things in the same
     numbers) or `number`."""
@@ -87,6 +94,35 @@ class Evaluated:
     run: str
     data: str
     answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much one run is ahead of another on one data set."""
+
+    run: str
+    rival: str
+    tasks: dict[str, Difference]
+    """Task -> difference on the questions that both answered."""
+
+
+@dataclass(frozen=True)
+class EvaluationTable:
+    """Runs side by side on one data set."""
+
+    title: str
+    summaries: dict[str, dict[str, TaskSummary]]
+    """Run -> task -> summary."""
+    gains: tuple[Gain, ...]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The rows of a data set, and what tells whether they are still the same."""
+
+    samples: tuple[Sample, ...]
+    fingerprint: Mapping[str, str]
+    """Data file -> digest."""
 
 
 def read_evaluation(tree: ConfigTree) -> EvaluationRecipe:
@@ -108,12 +144,31 @@ def read_evaluation(tree: ConfigTree) -> EvaluationRecipe:
                 problems.append(
                     config_problem(tree, key, f"`{data}` is not in `data`", did_you_mean(data, recipe.data))
                 )
+    problems += list(_wrong_names(recipe, tree))
     if all(run.data for run in recipe.runs):
         unasked = [name for name in recipe.data if all(name not in run.data for run in recipe.runs)]
         problems += [config_problem(tree, ("data", name), f"no run answers `{name}`") for name in unasked]
     if problems:
         raise ConfigError(problems)
     return recipe
+
+
+def _wrong_names(recipe: EvaluationRecipe, tree: ConfigTree) -> Iterator[Problem]:
+    """Runs that are named to be compared or counted together, and are not there."""
+    names = [run.name for run in recipe.runs]
+    for index, run in enumerate(recipe.runs):
+        if run.against is not None and (run.against not in names or run.against == run.name):
+            message = f"`{run.against}` is no other run"
+            yield config_problem(tree, ("runs", index, "against"), message, did_you_mean(run.against, names))
+    sizes = {len(runs) for runs in recipe.together.values()}
+    if len(sizes) > 1:
+        remedy = "name the same seeds, in the same order"
+        yield config_problem(tree, ("together",), "they have different numbers of runs", remedy)
+    for name, members in recipe.together.items():
+        for index, member in enumerate(members):
+            if member not in names:
+                remedy = did_you_mean(member, names)
+                yield config_problem(tree, ("together", name, index), f"`{member}` is no run", remedy)
 
 
 def evaluation_file(path: Path, overrides: Sequence[str]) -> EvaluationRecipe:
@@ -182,68 +237,85 @@ def run_evaluation(recipe: EvaluationRecipe) -> dict[str, dict[str, dict[str, Ta
     """Let every model answer, print the tables, and write answers and summary where the recipe names a folder.
 
     Returns:
-        Data set -> run -> task -> summary.
+        Title of a table (the data set) -> run -> task -> summary.
 
     Raises:
         DataError: rows that cannot be used, all at once.
         ModelError: a model cannot be loaded.
         OSError: the output folder cannot be written; found before anything is answered.
     """
-    samples = _read_samples(recipe)
+    questions = _read_questions(recipe)
     if recipe.output is not None:
         Path(recipe.output).mkdir(parents=True, exist_ok=True)
-    evaluated = [item for run in recipe.runs for item in _evaluate(recipe, run, samples)]
+    evaluated = [item for run in recipe.runs for item in _evaluate(recipe, run, questions)]
+    tables = [table for name in recipe.data for table in _make_tables(recipe, name, evaluated)]
     console = Console(highlight=False)
-    summaries: dict[str, dict[str, dict[str, TaskSummary]]] = {name: {} for name in recipe.data}
-    for item in evaluated:
-        summaries[item.data][item.run] = summarise(item.answers)
-    differences = {name: _differences([item for item in evaluated if item.data == name]) for name in recipe.data}
-    for name in recipe.data:
-        console.print(accuracy_table(name, summaries[name]))
-        if differences[name]:
-            console.print(gain_table(name, next(iter(summaries[name])), differences[name]))
+    for table in tables:
+        console.print(accuracy_table(table.title, table.summaries))
+        if table.gains:
+            console.print(gain_table(table.title, table.gains))
     if recipe.output is not None:
-        tree = {
-            "summaries": {
-                name: {run: {task: asdict(item) for task, item in tasks.items()} for run, tasks in runs.items()}
-                for name, runs in summaries.items()
-            },
-            "differences": {
-                name: {run: {task: asdict(item) for task, item in tasks.items()} for run, tasks in runs.items()}
-                for name, runs in differences.items()
-            },
-        }
-        _write(Path(recipe.output) / SUMMARY, json.dumps(tree, indent=1) + "\n")
+        content = [asdict(table) for table in tables]
+        _write(Path(recipe.output) / SUMMARY, json.dumps({"tables": content}, indent=1) + "\n")
         console.print(f"answers: {recipe.output}", soft_wrap=True)
-    return summaries
+    return {table.title: table.summaries for table in tables}
 
 
-def _read_samples(recipe: EvaluationRecipe) -> dict[str, list[Sample]]:
+def _make_tables(recipe: EvaluationRecipe, data: str, evaluated: Sequence[Evaluated]) -> Iterator[EvaluationTable]:
+    """The runs that answered a data set; then those that are counted together."""
+    answers = {item.run: item.answers for item in evaluated if item.data == data}
+    first = next(iter(answers))
+    rivals = {run.name: run.against or first for run in recipe.runs if run.name in answers}
+    yield EvaluationTable(
+        title=data,
+        summaries={run: summarise(found) for run, found in answers.items()},
+        gains=tuple(
+            Gain(rival, run, compare([(answers[rival], answers[run])]))
+            for run, rival in rivals.items()
+            if rival != run and rival in answers
+        ),
+    )
+    joined = {
+        name: [answers[run] for run in runs]
+        for name, runs in recipe.together.items()
+        if all(run in answers for run in runs)
+    }
+    if joined:
+        ahead, *others = joined
+        yield EvaluationTable(
+            title=f"{data}, together",
+            summaries={name: summarise(list(itertools.chain(*found))) for name, found in joined.items()},
+            gains=tuple(
+                Gain(ahead, name, compare(list(zip(joined[ahead], joined[name], strict=True)))) for name in others
+            ),
+        )
+
+
+def _read_questions(recipe: EvaluationRecipe) -> dict[str, Questions]:
     """The rows of every data set; every row that cannot be used is an error, all at once."""
-    samples: dict[str, list[Sample]] = {}
+    questions = {}
     problems: list[Problem] = []
     for name, config in recipe.data.items():
         (dataset,) = open_datasets([config])
-        samples[name] = []
+        samples = []
         for index in range(len(dataset)):
             try:
-                samples[name].append(dataset.sample(index))
+                samples.append(dataset.sample(index))
             except DataError as error:
                 problems += error.problems
+        questions[name] = Questions(tuple(samples), dataset.fingerprint())
     if problems:
         raise DataError(problems)
-    return samples
+    return questions
 
 
-def _evaluate(
-    recipe: EvaluationRecipe, run: EvaluationRun, samples: Mapping[str, Sequence[Sample]]
-) -> Iterator[Evaluated]:
+def _evaluate(recipe: EvaluationRecipe, run: EvaluationRun, questions: Mapping[str, Questions]) -> Iterator[Evaluated]:
     """The answers of a run to each of its data sets, read where the output folder has them."""
     answering = None
     console = Console(highlight=False)
     for name in run.data or tuple(recipe.data):
-        asked = samples[name][: run.limit]
-        stamp = _stamp(recipe, run, name) if recipe.output is not None else {}
+        asked = questions[name].samples[: run.limit]
+        stamp = _stamp(recipe, run, name, questions[name]) if recipe.output is not None else {}
         answers = _read_answers(recipe, run, name, stamp)
         if answers is None:
             if answering is None:
@@ -258,6 +330,8 @@ def _evaluate(
             answers = tuple(found)
             if recipe.output is not None:
                 lines = "".join(json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in answers)
+                # Killed between the two files, new answers must not stand beside the stamp of old ones.
+                _file(recipe, run, name, ".json").unlink(missing_ok=True)
                 _write(_file(recipe, run, name, ".jsonl"), lines)
                 _write(_file(recipe, run, name, ".json"), json.dumps(stamp, indent=1) + "\n")
         yield Evaluated(run.name, name, answers)
@@ -276,16 +350,21 @@ def _count_questions(samples: Sequence[Sample]) -> int:
     return sum(message.role == "assistant" for sample in samples for message in sample.messages)
 
 
-def _stamp(recipe: EvaluationRecipe, run: EvaluationRun, data: str) -> dict[str, Any]:
-    """What answers depend on; equal stamps mean equal answers."""
-    config = recipe.data[data]
+def _stamp(recipe: EvaluationRecipe, run: EvaluationRun, data: str, questions: Questions) -> dict[str, Any]:
+    """What answers depend on; equal stamps mean equal answers. Pictures that are files count with size and time."""
     model = Path(run.model)
-    weights = sorted(model.glob("*.safetensors"))
+    files = sorted(file for file in model.rglob("*") if file.is_file()) if model.is_dir() else []
+    paths = {image.path for sample in questions.samples[: run.limit] for image in sample.images if image.path}
+    shown = hashlib.blake2b(digest_size=16)
+    for path in sorted(paths):
+        status = os.stat(path) if os.path.exists(path) else None
+        shown.update(f"{path} {status and (status.st_size, status.st_mtime_ns)}\n".encode())
     return {
-        "run": run.model_dump(mode="json", exclude={"data"}),
-        "data": config.model_dump(mode="json"),
-        "rows": fingerprint_file(Path(config.path)) if Path(config.path).is_file() else None,
-        "weights": {file.name: fingerprint_file(file) for file in weights},
+        "run": run.model_dump(mode="json", exclude={"data", "against"}),
+        "data": recipe.data[data].model_dump(mode="json"),
+        "rows": dict(questions.fingerprint),
+        "pictures": shown.hexdigest(),
+        "model": {str(file.relative_to(model)): fingerprint_file(file) for file in files},
         "metrics": dict(recipe.metrics),
         "batch": recipe.batch,
         "max_new_tokens": recipe.max_new_tokens,
@@ -304,7 +383,10 @@ def _read_answers(
 
 def read_answers(file: Path) -> tuple[Answer, ...]:
     """Answers as `run_evaluation` writes them."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with open(
+        file, encoding="utf-8"
+    ) as lines:  # str.splitlines() would also split at U+2028, which JSON leaves as it is
+        rows = [json.loads(line) for line in lines]
     return tuple(_answer(row) for row in rows)
 
 
@@ -325,11 +407,6 @@ def _write(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def _differences(evaluated: Sequence[Evaluated]) -> dict[str, dict[str, Difference]]:
-    """Run -> task -> how much the first run is ahead of it on the questions that both answered."""
-    return {item.run: compare(evaluated[0].answers, item.answers) for item in evaluated[1:]}
-
-
 def accuracy_table(name: str, runs: Mapping[str, Mapping[str, TaskSummary]]) -> Table:
     """A line a task: n and accuracy with its 95 % interval for each run, in percent."""
     columns = {
@@ -341,25 +418,27 @@ def accuracy_table(name: str, runs: Mapping[str, Mapping[str, TaskSummary]]) -> 
     return _table(f"{name}: % right, 95 % interval", columns)
 
 
-def gain_table(name: str, first: str, differences: Mapping[str, Mapping[str, Difference]]) -> Table:
-    """A line a task: n and how much the first run is ahead of each other one, in points of percent."""
+def gain_table(name: str, gains: Sequence[Gain]) -> Table:
+    """A line a task: n and how much one run is ahead of another, in points of percent."""
+    runs = {gain.run for gain in gains}
     columns = {
-        f"of {run}": {
-            task: (item.n, f"{_percent(item.gain, '+.1f')} {_interval(item, '+.0f')}") for task, item in gains.items()
+        f"of {gain.rival}" if len(runs) == 1 else f"{gain.run} of {gain.rival}": {
+            task: (item.n, f"{_percent(item.gain, '+.1f')} {_interval(item, '+.0f')}")
+            for task, item in gain.tasks.items()
         }
-        for run, gains in differences.items()
+        for gain in gains
     }
-    return _table(f"{name}: points that {first} is ahead", columns)
+    return _table(f"{name}: points that {gains[0].run if len(runs) == 1 else 'a run'} is ahead", columns)
 
 
 def _table(title: str, columns: Mapping[str, Mapping[str, tuple[int, str]]]) -> Table:
-    """Column -> task -> (n, what to show); the tasks are those of the first column."""
+    """Column -> task -> (n, what to show)."""
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("task")
     for column in columns:
         table.add_column("n", justify="right")
         table.add_column(Text(column), justify="right")
-    for task in next(iter(columns.values())):
+    for task in dict.fromkeys(task for tasks in columns.values() for task in tasks):
         found = [tasks.get(task, ("", "")) for tasks in columns.values()]
         table.add_row(Text(task), *(str(part) for cell in found for part in cell))
     return table

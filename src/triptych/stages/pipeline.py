@@ -51,6 +51,8 @@ class PipelineStage(Config):
     """Recipe or evaluation file, relative to the pipeline file."""
     title: str = ""
     """What it does, shown while it runs."""
+    about: str = ""
+    """Why, in a few lines, shown when it starts."""
     init: dict[str, str] = Field(default={})
     """Key of this recipe -> name of an earlier stage whose model folder is put there (`model.vision.from: towers`)."""
     set: dict[str, object] = Field(default={})
@@ -80,6 +82,7 @@ class Stage:
     """None for an evaluation, which trains nothing."""
     sources: tuple[Path, ...] = ()
     """Folders of the stages whose models it starts from."""
+    about: str = ""
 
     @property
     def output(self) -> Path:
@@ -150,6 +153,8 @@ def train(path: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -
     for stage in stages:
         if stage.title:
             console.rule(stage.title)
+        if stage.about:
+            console.print(Text(stage.about.strip(), style="dim"))
         if stage.skips():
             console.print(f"finished before: {stage.output}", soft_wrap=True)
             continue
@@ -208,7 +213,7 @@ def read_stages(tree: ConfigTree) -> list[Stage]:
         title = f"{number}/{len(pipeline.stages)} {item.name}: {item.title or item.recipe}"
         sources = tuple(Path(pipeline.output) / source for source in item.init.values())
         try:
-            stages.append(_read_stage(title, _stage_tree(pipeline, number - 1, tree), sources))
+            stages.append(_read_stage(title, _stage_tree(pipeline, number - 1, tree), sources, item.about))
         except ConfigError as error:
             problems.extend(error.problems)
     if problems:
@@ -235,11 +240,11 @@ def find_stage(tree: ConfigTree) -> str:
     return name
 
 
-def _read_stage(title: str, tree: ConfigTree, sources: tuple[Path, ...] = ()) -> Stage:
+def _read_stage(title: str, tree: ConfigTree, sources: tuple[Path, ...] = (), about: str = "") -> Stage:
     if title and tree.values.get("kind") == "evaluation":
-        return Stage(title, tree, read_evaluation(tree), None, sources)
+        return Stage(title, tree, read_evaluation(tree), None, sources, about)
     schema, build = STAGES[find_stage(tree)]
-    return Stage(title, tree, validate(schema, tree), build, sources)
+    return Stage(title, tree, validate(schema, tree), build, sources, about)
 
 
 def _checked(build: Callable[..., Built]) -> Callable[[StageRecipe], Built]:

@@ -10,6 +10,7 @@ from triptych.core.config import Config
 from triptych.data.formats import AnyDatasetConfig, DatasetConfig, PreferenceConfig
 from triptych.data.loader import LoaderConfig
 from triptych.engine.trainer import TrainConfig
+from triptych.evaluation.metrics import MetricName
 from triptych.models.dual_encoder import DualEncoderConfig
 from triptych.models.load import VlmConfig
 from triptych.models.tuning import TuningRule
@@ -55,7 +56,10 @@ class TuneEvaluationConfig(EvaluationConfig):
     """What is measured, answers included."""
 
     answers: bool = False
-    """Also generate the answers and score them by exact match."""
+    """Also generate the answers and score them."""
+    metrics: dict[str, MetricName] = Field(default={})
+    """Task -> what makes an answer right: `exact` (default), `objects` (a caption lists the same things in the same
+    numbers) or `number`."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest generated answer in tokens."""
     show: int = Field(default=0, ge=0)

@@ -80,12 +80,12 @@ def with_objective(recipe: TuneRecipe, vlm: Vlm, datasets: list[Dataset]) -> tup
 def make_evaluators(
     recipe: TuneRecipe, vlm: Vlm, encode: Callable[[Sample], Example], scorer: nn.Module, runtime: Runtime
 ) -> list[Evaluator]:
-    """The held-out loss and, where asked for, exact match of generated answers."""
+    """The held-out loss and, where asked for, the share of generated answers that are right."""
     assert recipe.evaluation is not None
     datasets = open_datasets(recipe.evaluation.data)
     source = make_held_out_loader(datasets, encode, vlm.loaded.pictures, recipe.evaluation.batch)
     result: list[Evaluator] = [HeldOutLoss(scorer, build_objective(recipe.objective), source, None, runtime)]
     if recipe.evaluation.answers:
         answering = vlm.answering(recipe.evaluation.max_new_tokens, recipe.evaluation.batch)
-        result.append(AnswerAccuracy(answering, read_samples(datasets)))
+        result.append(AnswerAccuracy(answering, read_samples(datasets), recipe.evaluation.metrics))
     return result

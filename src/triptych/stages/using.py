@@ -116,7 +116,7 @@ class Chat:
             path = Path(name).expanduser().resolve()
         except (OSError, RuntimeError, ValueError) as error:  # no such home folder, a loop of links, a null character
             raise DataError(Problem(f"`{name}` is not a path: {error}", remedy="/image PATH")) from error
-        if name.isdigit() and not path.exists():
+        if name.isdecimal() and not path.exists():
             scene = sample_scene("test", 0, int(name))
             self.waiting.append(drawn(draw(scene), f"scene {name}"))
             return f"scene {name} ({describe(scene)})"

@@ -183,7 +183,7 @@ def show_answers(recipe: TuneRecipe, vlm: Vlm, title: str) -> None:
         return
     samples = read_samples(open_datasets(evaluation.data), None if evaluation.answers else evaluation.show)
     pictures = {str(sample.origin): ", ".join(image.name for image in sample.images) for sample in samples}
-    answers = vlm.answering(evaluation.max_new_tokens, evaluation.batch).run(samples)
+    answers = vlm.answering(evaluation.max_new_tokens, evaluation.batch).run(samples, evaluation.metrics)
     if not is_main():  # sharded weights need every rank to get here
         return
     right = sum(answer.is_right for answer in answers)
@@ -197,4 +197,4 @@ def show_answers(recipe: TuneRecipe, vlm: Vlm, title: str) -> None:
         table.add_row(Text(pictures[answer.origin]), Text(answer.question), Text(answer.truth), reply)
     console = Console()
     console.print(table)
-    console.print(f"exact match {title}: {right} of {len(answers)} ({right / len(answers):.1%})", highlight=False)
+    console.print(f"right {title}: {right} of {len(answers)} ({right / len(answers):.1%})", highlight=False)

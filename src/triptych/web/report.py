@@ -79,8 +79,12 @@ class StageReport:
         return charts.shares(f"{self.title}: held-out", longer) if longer else None
 
 
-def write_report(run: Path, output: Path | None = None) -> Path:
+def write_report(run: Path, output: Path | None = None) -> tuple[Path, int]:
     """Write the page; by default `report.html` in the folder of the run.
+
+    Returns:
+        The file, and how many pictures of sample answers were not found: paths in recipes are relative to the working
+        directory.
 
     Raises:
         ConfigError: the folder holds no run.
@@ -88,9 +92,10 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     stages = _read_stages(run)
     evaluations = sorted(run.glob(f"*/{SUMMARY}")) + ([run / SUMMARY] if (run / SUMMARY).is_file() else [])
     target = output or run / "report.html"
-    page = _environment().from_string(_template()).render(**_content(run, stages, evaluations))
-    target.write_text(page, encoding="utf-8")
-    return target
+    content = _content(run, stages, evaluations)
+    target.write_text(_environment().from_string(_template()).render(**content), encoding="utf-8")
+    shown = [picture for sample in content["samples"] for picture in sample["pictures"]]
+    return target, sum(picture["uri"] is None for picture in shown)
 
 
 def _content(run: Path, stages: Sequence[StageReport], evaluations: Sequence[Path]) -> dict[str, Any]:
@@ -155,20 +160,20 @@ def _read_stage(title: str, folder: Path) -> StageReport:
 
 def _tables(summary: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     """One table for each data set of an evaluation."""
-    for name, runs in summary["summaries"].items():
-        differences = summary["differences"][name]
+    for table in summary["tables"]:
+        runs, gains = table["summaries"], table["gains"]
         first = next(iter(runs.values()))
         yield {
-            "name": name,
+            "name": table["title"],
             "runs": list(runs),
-            "differences": list(differences),
+            "differences": [f"{gain['run']} - {gain['rival']}" for gain in gains],
             "rows": [
                 {
                     "task": task,
                     "cells": [tasks.get(task) for tasks in runs.values()],
-                    "gains": [gains.get(task) for gains in differences.values()],
+                    "gains": [gain["tasks"].get(task) for gain in gains],
                 }
-                for task in first
+                for task in dict.fromkeys(task for tasks in runs.values() for task in tasks)
             ],
             "counts": [{"task": task, **item} for task, item in first.items() if item["count_error"] is not None],
         }
@@ -176,7 +181,7 @@ def _tables(summary: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
 
 def _confusions(summary: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     """What the first run takes for what, for each task of few answers."""
-    for name, runs in summary["summaries"].items():
+    for name, runs in ((table["title"], table["summaries"]) for table in summary["tables"]):
         for task, item in next(iter(runs.values())).items():
             table = item["confusion"]
             if len(table) > 2:
@@ -201,7 +206,7 @@ def _evaluated(summary: Path) -> list[_Replies]:
     """The answers beside a summary, those of the first run first."""
     tree = json.loads(summary.read_text(encoding="utf-8"))
     found = []
-    for name, runs in tree["summaries"].items():
+    for name, runs in ((table["title"], table["summaries"]) for table in tree["tables"]):
         for run in runs:
             file = summary.parent / f"{run}-{name}.jsonl"
             stamp = summary.parent / f"{run}-{name}.json"
@@ -245,7 +250,8 @@ def _samples(replies: Sequence[_Replies]) -> list[dict[str, Any]]:
             if kept.get(key, 0) < EACH:
                 kept[key] = kept.get(key, 0) + 1
                 chosen.append(_sample(answer, said[answer.origin, answer.question, answer.truth], item.roots))
-    return sorted(chosen, key=lambda sample: str(sample["task"]))
+    order = list(dict.fromkeys(sample["task"] for sample in chosen))  # tasks that were trained for usually come first
+    return sorted(chosen, key=lambda sample: order.index(sample["task"]))
 
 
 def _sample(answer: Answer, said: Sequence[tuple[str, Answer]], roots: Sequence[Path]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The written files agree with each other, are read by every reader, and are equal for equal sizes."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from pydantic import TypeAdapter
 from triptych.data.formats import DatasetConfig, open_dataset
 from triptych.data.images import decode
 from triptych.data.scene_files import Sizes, write_scenes
+from triptych.data.scenes import COUNTS, PLACES, is_held_out_count, is_held_out_place, sample_scene
 
 SIZES = Sizes(train=24, test=4)
 FILES = {
@@ -53,6 +55,29 @@ def test_test_rows_take_turns_and_have_scenes_of_their_own(folder: Path) -> None
     assert [row["task"] for row in rows[:5]] == ["presence", "counting", "position", "naming", "caption"]
     assert len(rows) == 5 * SIZES.test
     assert len({row["image"] for row in rows}) == len(rows)
+
+
+def test_every_question_about_combinations_asks_for_one(tmp_path: Path) -> None:
+    write_scenes(tmp_path, Sizes(train=1, test=120))
+    rows = json.loads((tmp_path / "combinations.json").read_text())
+    asked = Counter(row["task"] for row in rows)
+    assert asked == {"counting": 30, "position": 30, "caption": 30}
+    for row in rows:
+        scene = sample_scene("combinations", 0, int(row["image"].removesuffix(".png").rpartition("-")[2]))
+        question, answer = (turn["value"] for turn in row["conversations"])
+        if row["task"] == "position":
+            (item,) = scene.items
+            assert item.name in question and answer == PLACES[item.place] and is_held_out_place(item.name, item.place)
+        else:
+            assert is_held_out_count(scene.target, scene.counts[scene.target])
+            number = COUNTS[scene.counts[scene.target]]
+            assert number in answer.lower() or row["task"] == "counting"
+
+
+def test_a_marker_that_was_cut_off_is_no_marker(tmp_path: Path) -> None:
+    assert write_scenes(tmp_path, Sizes(train=2, test=1)) and not write_scenes(tmp_path, Sizes(train=2, test=1))
+    (tmp_path / "scenes.json").write_text('{"train": 2')
+    assert write_scenes(tmp_path, Sizes(train=2, test=1))
 
 
 def test_splits_share_no_picture(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Scenes are exact, repeatable, split, and hold some combinations back."""
 
 from collections import Counter
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from triptych.data.scenes import (
     NAMES,
     PLACES,
     SIDE,
-    SPLITS,
     Item,
     Scene,
+    Split,
     draw,
     glyph,
     is_held_out_count,
@@ -56,7 +57,7 @@ def test_a_scene_is_a_function_of_seed_split_and_number() -> None:
     assert sample_scene("train", 0, 7) not in others
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", get_args(Split))
 def test_things_stand_apart_in_their_places_inside_the_picture(split: str) -> None:
     for number in range(300):
         scene = sample_scene(split, 0, number)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import torch
 from triptych.data.scene_questions import describe
 from triptych.data.scenes import sample_scene
 from triptych.evaluation.metrics import (
+    bare_number,
     bootstrap_interval,
     exact_match,
     normalise_answer,
@@ -63,6 +64,8 @@ def test_captions_are_taken_apart_into_things() -> None:
     assert objects_of("three strawberries and 2 foxes") == {"strawberry": 3, "fox": 2}
     assert objects_of("two buses, two houses and three shoes") == {"bus": 2, "house": 2, "shoe": 3}
     assert objects_of("dog") == {"dog": 1} and objects_of("") == {}
+    # Characters that are digits to Python and no numbers to int().
+    assert objects_of("\u2776 dog") == {"\u2776 dog": 1} and bare_number("\u2776") is None
     assert objects_match("two cats and a dog", "A dog and two cats.")
     assert objects_match("a cat and a cat", "two cats")
     assert not objects_match("a dog and three cats", "A dog and two cats.")
@@ -97,3 +100,8 @@ def test_answers_about_one_sample_are_drawn_together() -> None:
         bootstrap_interval([], [])
     with pytest.raises(ValueError, match="2 values, 1 clusters"):
         bootstrap_interval([1.0, 0.0], ["a"])
+
+
+def test_a_bare_number_is_the_whole_answer() -> None:
+    found = {text: bare_number(text) for text in ("3", "Three.", " four ", "no", "a", "two cats", "zero", "")}
+    assert found == {"3": 3, "Three.": 3, " four ": 4, "no": None, "a": None, "two cats": None, "zero": 0, "": None}

@@ -41,6 +41,15 @@ def test_count_error_needs_numbers_everywhere() -> None:
     assert count_error([answer(1, "c", "two", "5"), answer(2, "c", "1", "one")]) == (1.5, 0)
     assert count_error([answer(1, "c", "two", "5"), answer(2, "c", "dog", "one")]) == (None, 0)
     assert count_error([answer(1, "c", "two", "several")]) == (None, 1)
+    # Answers that hold a number without being one: a yes-or-no question, a caption.
+    assert count_error([answer(1, "presence", "no", "no"), answer(2, "presence", "No.", "yes")]) == (None, 0)
+    assert count_error([answer(1, "caption", "Two cats.", "two dogs")]) == (None, 0)
+
+
+def test_several_pairs_of_models_are_compared_pair_by_pair() -> None:
+    right, wrong = ([answer(n, "t", "x", said) for n in range(3)] for said in ("x", "y"))
+    found = compare([(right, wrong), (right, right), (wrong[:2], right)])
+    assert found["all"].n == 8 and found["all"].gain == pytest.approx((3 + 0 - 2) / 8)
 
 
 def test_confusion_lumps_what_is_no_answer() -> None:
@@ -53,8 +62,8 @@ def test_confusion_lumps_what_is_no_answer() -> None:
 def test_models_are_compared_on_the_questions_both_answered() -> None:
     first = [answer(n, "t", "x", "x") for n in range(8)]
     second = [answer(n, "t", "x", "x" if n < 2 else "y") for n in range(4)]
-    found = compare(first, second)
+    found = compare([(first, second)])
     assert found["all"].n == 4 and found["t"].gain == 0.5
     assert 0 <= found["t"].low <= 0.5 <= found["t"].high <= 1
     with pytest.raises(ValueError, match="no question was answered by both"):
-        compare(first[4:], second)
+        compare([(first[4:], second)])

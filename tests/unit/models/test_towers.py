@@ -66,6 +66,25 @@ def test_hub_ids_are_left_alone() -> None:
     assert resolve_source("google/siglip-base-patch16-224") == "google/siglip-base-patch16-224"
 
 
+def test_a_missing_path_that_could_be_a_hub_id_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="no model at runs/frist") as caught:
+        resolve_source("runs/frist")
+    assert "did you mean `first`?; if the hub id is meant: hf download runs/frist" in str(caught.value)
+
+
+def test_a_downloaded_hub_model_is_taken_although_a_folder_has_its_owner_s_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "google").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("triptych.models.towers.try_to_load_from_cache", lambda repository, file: f"cache/{file}")
+    assert resolve_source("google/siglip-base-patch16-224") == "google/siglip-base-patch16-224"
+
+
 def test_vision_tower_of_a_whole_dual_encoder(tmp_path: Path) -> None:
     model, _, processor = tiny_siglip()
     model.save_pretrained(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.commands import triptych
 from tests.recipes.tiny_recipes import Files
 from tests.unit.stages.conftest import Run
 from triptych.core.types import ImageReference
+from triptych.evaluation.answers import Answer
 from triptych.stages import evaluating
 from triptych.stages.evaluating import SUMMARY, blind, read_answers
 
@@ -57,11 +59,12 @@ def test_two_models_and_a_blind_one_side_by_side(lora_run: Run, files: Files, tm
     done = triptych("eval", model, rows, "max_new_tokens=2", "metrics.even=objects", *options)
     assert done.status == 0, done.err
     summary = json.loads((tmp_path / "out" / SUMMARY).read_text())
-    assert list(summary["summaries"]["rows"]) == ["model", "against", "blind"]
-    assert summary["summaries"]["rows"]["model"] == summary["summaries"]["rows"]["against"]
-    assert summary["summaries"]["rows"]["model"]["even"]["n"] == 3
-    equal = summary["differences"]["rows"]["against"]["all"]
-    assert equal == {"gain": 0.0, "low": 0.0, "high": 0.0, "n": 5}
+    (table,) = summary["tables"]
+    assert table["title"] == "rows" and list(table["summaries"]) == ["model", "against", "blind"]
+    assert table["summaries"]["model"] == table["summaries"]["against"]
+    assert table["summaries"]["model"]["even"]["n"] == 3
+    assert [(gain["run"], gain["rival"]) for gain in table["gains"]] == [("model", "against"), ("model", "blind")]
+    assert table["gains"][0]["tasks"]["all"] == {"gain": 0.0, "low": 0.0, "high": 0.0, "n": 5}
     assert json.loads((tmp_path / "out" / "model-rows.jsonl").read_text().splitlines()[0])["metric"] == "objects"
 
 
@@ -104,9 +107,79 @@ def test_an_evaluation_file_is_computed_once(
     assert triptych("eval", file, "max_new_tokens=1").status == 0 and len(loaded) == 3
 
 
+def test_answers_are_computed_again_when_what_they_depend_on_changed(
+    evaluation: dict[str, Any], lora_run: Run, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pictures = tmp_path / "model", tmp_path / "pictures"
+    shutil.copytree(lora_run.output / "model", model)
+    shutil.copytree(files.data / "pictures", pictures)
+    evaluation["runs"] = [{"name": "after", "model": str(model), "limit": 1}]
+    evaluation["data"]["rows"]["images"] = str(pictures)
+    file = tmp_path / "evaluation.yaml"
+    file.write_text(yaml.safe_dump(evaluation))
+    loaded: list[Path] = []
+    load = evaluating.load_for_use
+    monkeypatch.setattr(evaluating, "load_for_use", lambda folder: loaded.append(folder) or load(folder))
+    assert triptych("eval", file).status == 0 and triptych("eval", file).status == 0 and len(loaded) == 1
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**settings, "max_length": 99}))
+    assert triptych("eval", file).status == 0 and len(loaded) == 2
+    Image.new("RGB", (9, 9), "red").save(pictures / "test-000-dog.png")
+    assert triptych("eval", file).status == 0 and len(loaded) == 3
+
+
+def test_runs_are_compared_with_the_one_they_name_and_seeds_are_counted_together(
+    evaluation: dict[str, Any], tmp_path: Path
+) -> None:
+    one, other = evaluation["runs"][0]["model"], {"pictures": "grey"}
+    evaluation["runs"] = [
+        {"name": "full_1", "model": one},
+        {"name": "less_1", "model": one, **other},
+        {"name": "full_2", "model": one, "limit": 4},
+        {"name": "less_2", "model": one, "limit": 4, "against": "full_2", **other},
+    ]
+    evaluation["together"] = {"full": ["full_1", "full_2"], "less": ["less_1", "less_2"]}
+    file = tmp_path / "evaluation.yaml"
+    file.write_text(yaml.safe_dump(evaluation))
+    done = triptych("eval", file)
+    assert done.status == 0, done.err
+    apart, together = json.loads((tmp_path / "out" / SUMMARY).read_text())["tables"]
+    compared = [(gain["run"], gain["rival"], gain["tasks"]["all"]["n"]) for gain in apart["gains"]]
+    assert compared == [("full_1", "less_1", 5), ("full_1", "full_2", 4), ("full_2", "less_2", 4)]
+    assert together["title"] == "rows, together"
+    assert {name: tasks["all"]["n"] for name, tasks in together["summaries"].items()} == {"full": 9, "less": 9}
+    (gain,) = together["gains"]
+    assert (gain["run"], gain["rival"], gain["tasks"]["all"]["n"]) == ("full", "less", 9)
+    right = {name: tasks["all"]["accuracy"] for name, tasks in together["summaries"].items()}
+    assert gain["tasks"]["all"]["gain"] == pytest.approx(right["full"] - right["less"])
+    assert "rows, together: points that full is ahead" in " ".join(done.out.split())
+    assert "a run is ahead" in done.out and "full_2 of less_2" in " ".join(done.out.split())
+
+
+@pytest.mark.parametrize("options", [("--limit", "2"), ("--blind",), ("--output", "x"), ("--format", "messages")])
+def test_options_are_refused_with_an_evaluation_file(
+    evaluation: dict[str, Any], options: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "evaluation.yaml"
+    file.write_text(yaml.safe_dump(evaluation))
+    done = triptych("eval", file, *options)
+    assert done.status == 2 and options[0] in done.err and "runs.0.limit=20" in done.err
+
+
+def test_answers_with_any_line_separator_are_read_again(tmp_path: Path) -> None:
+    answers = [Answer("a.json:1", "", "what\u2028is it?", "a\x85dog", "a\u2029cat", "exact", ("a.png",))] * 2
+    lines = "".join(json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in answers)
+    (tmp_path / "answers.jsonl").write_text(lines, encoding="utf-8")
+    assert read_answers(tmp_path / "answers.jsonl") == tuple(answers)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ("runs.1.against=aftr", r"`aftr` is no other run(.|\n)*did you mean `after`"),
+        ("runs.0.against=after", "`after` is no other run"),
+        ("together={one: [after], two: [blnd]}", r"`blnd` is no run(.|\n)*did you mean `blind`"),
+        ("together={one: [after, blind], two: [blind]}", "they have different numbers of runs"),
         ("runs.0.data=[row]", r"evaluation.yaml|command line(.|\n)*`row` is not in `data`(.|\n)*did you mean `rows`"),
         ("runs.1.name=after", "two runs are called `after`"),
         ("runs=[{name: a, model: m, data: [nothing]}]", "no run answers `rows`"),

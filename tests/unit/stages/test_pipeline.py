@@ -37,7 +37,7 @@ def write_pipeline(folder: Path, files: Files, **changes: Any) -> Path:
         "kind": "pipeline",
         "output": str(folder / "run"),
         "stages": [
-            {"name": "towers", "recipe": "towers.yaml", "title": "see"},
+            {"name": "towers", "recipe": "towers.yaml", "title": "see", "about": "eyes first"},
             {
                 "name": "instruct",
                 "recipe": "instruct.yaml",
@@ -79,6 +79,7 @@ def test_stages_hand_their_models_on_and_a_second_start_skips_what_is_finished(f
     stamp = (run / "towers" / "finished.json").stat().st_mtime_ns
     before = load_file(run / "again" / "model" / "model.safetensors")
     second = succeed(triptych("train", pipeline))
+    assert second.count("eyes first") == 1
     assert second.count("finished before") == 2 and "start at step 1 of 2" in second
     assert (run / "towers" / "finished.json").stat().st_mtime_ns == stamp
     after = load_file(run / "again" / "model" / "model.safetensors")

@@ -69,10 +69,9 @@ def pipeline(tmp_path: Path) -> Path:
     after = {"all": summary(0.6, 100), "position": {**summary(0.6, 100), "confusion": confusion}}
     counting = {**summary(0.5, 10), "count_error": 0.25, "without_number": 2}
     gains = {"all": {"gain": 0.4, "low": 0.3, "high": 0.5, "n": 100}}
-    tree = {
-        "summaries": {"test": {"after": {**after, "counting": counting}, "blind": {"all": summary(0.2, 100)}}},
-        "differences": {"test": {"blind": gains}},
-    }
+    summaries = {"after": {**after, "counting": counting}, "blind": {"all": summary(0.2, 100), "later": summary(0, 1)}}
+    ahead = {"run": "after", "rival": "blind", "tasks": gains}
+    tree = {"tables": [{"title": "test", "summaries": summaries, "gains": [ahead]}]}
     write_json(run / "evaluation" / "summary.json", tree)
     for name, rows in {
         "after": [answer(1, "dog"), answer(2, EVIL), answer(3, "cat", "../../secret.png"), answer(4, "cow")],
@@ -86,10 +85,19 @@ def pipeline(tmp_path: Path) -> Path:
 
 def test_the_page_says_everything_and_escapes_it(pipeline: Path) -> None:
     done = triptych("report", pipeline)
-    assert done.status == 0 and done.out.strip() == f"report: {pipeline / 'report.html'}"
+    assert done.status == 0 and done.out.splitlines() == [
+        f"report: {pipeline / 'report.html'}",
+        "1 pictures were not found: run this in the folder where the model was trained",
+    ]
     page = (pipeline / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;&amp;" in page
-    assert "60.0 %" in page and "+40.0 points" in page and "[+30, +50]" in page
+    assert (
+        "60.0 %" in page
+        and "+40.0 " in page
+        and "after - blind, points" in page
+        and "later" in page
+        and "[+30, +50]" in page
+    )
     assert "wrong by 0.25 on average; 2 answers name no number" in page
     assert page.count("(not finished)") == 1 and "recall_i2t@1 0.95" in page
     assert "towers 5.00" in page and "CC BY-SA 4.0" in page and "9.9" in page and "5,000" in page
@@ -106,7 +114,7 @@ def test_a_single_run_shows_the_answers_it_wrote(pipeline: Path) -> None:
     (run / "recipe.yaml").write_text(yaml.safe_dump({"stage": "tune", "evaluation": {"data": data}}))
     for moment, said in (("after", "dog"), ("before", "I see")):
         (run / f"answers-{moment}-training.jsonl").write_text(json.dumps(answer(1, said)) + "\n")
-    page = write_report(run, pipeline / "page.html").read_text()
+    page = write_report(run, pipeline / "page.html")[0].read_text()
     assert page.count('class="sample"') == 1 and page.count("data:image/png;base64,") == 1
     assert "dog ✓" in page and "I see ✗" in page and "Right answers" not in page
     assert page.count("<svg") == 2 and "What was trained" in page and "Environment" in page
@@ -120,7 +128,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_opens_in_chromium_without_errors_and_fits(pipeline: Path, tmp_path: Path, width: int) -> None:
-    page = write_report(pipeline).read_text()
+    page = write_report(pipeline)[0].read_text()
     probe = "<script>document.title = [innerWidth, document.documentElement.scrollWidth].join(' ')</script>"
     frame = f'<iframe id="page" src="report.html" style="width: {width}px; height: 900px; border: 0"></iframe>'
     (pipeline / "report.html").write_text(page.replace("</body>", f"{probe}</body>"))
