@@ -27,7 +27,7 @@ from torch import Tensor
 from triptych.core.config import Config
 from triptych.core.errors import CheckpointError, DataError, Problem
 from triptych.core.protocols import PictureProcessor
-from triptych.core.types import Batch, Example, ImageReference, Origin, Sample, TokenKind, Window
+from triptych.core.types import Batch, Example, ImageReference, Origin, Sample, Window
 from triptych.data.collate import blank_example, collate, make_padding
 from triptych.data.images import decode
 from triptych.data.mixture import Mixture
@@ -68,8 +68,8 @@ class LoaderConfig(Config):
     of its own."""
     rows_per_picture: int | None = Field(default=None, ge=1)
     """Most rows about one picture that follow each other, so that it is computed once for all of them; 1 draws every
-    row by itself, as contrastive stages always do. Default: an eighth of `global_batch`, at most 8, so that a step still
-    sees eight pictures."""
+    row by itself, as contrastive stages always do. Default: an eighth of `global_batch`, at most 8, so that a step
+    still sees eight pictures."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the data; give this or `steps`."""
     steps: int | None = Field(default=None, ge=1)
@@ -122,7 +122,6 @@ class Loader:
         config: LoaderConfig,
         rank: int = 0,
         world_size: int = 1,
-        kind_weights: Mapping[TokenKind, float] | None = None,
         packed: bool = True,
     ) -> None:
         """Args:
@@ -133,7 +132,6 @@ class Loader:
         config: see `LoaderConfig`.
         rank: of this process.
         world_size: number of processes; each gets a contiguous share of every window.
-        kind_weights: see `collate`.
         packed: whether the model computes trees packed, which `micro_batch_tokens` counts by.
         """
         self._datasets = datasets
@@ -143,7 +141,6 @@ class Loader:
         self._config = config
         self._rank = rank
         self._world_size = world_size
-        self._kind_weights = kind_weights
         self._budget = Budget(config.micro_batch, config.micro_batch_tokens, packed)
         self._windows_per_epoch = math.ceil(mixture.epoch_length / config.global_batch)
         self._report = RowReport(config.report) if config.report is not None else None
@@ -254,7 +251,7 @@ class Loader:
         share = positions[self._rank * size // self._world_size : (self._rank + 1) * size // self._world_size]
         bad: list[tuple[Origin, DataError]] = []
         split = split_examples(list(self._load(share, bad)), self._budget, self._config.group_by_length)
-        batches = [collate(examples, self._kind_weights) for examples in split]
+        batches = [collate(examples) for examples in split]
         window = Window(
             index=number,
             epoch=epoch + (start + size) / length,
@@ -294,7 +291,7 @@ class Loader:
     def _make_padding(self, positions: Sequence[int]) -> Batch:
         """A batch that counts nothing, made from the first usable row of the whole window."""
         example = next(self._load(positions, []), None) or blank_example()
-        return make_padding(collate([example], self._kind_weights))
+        return make_padding(collate([example]))
 
     def _make_pixels(self, batch: Batch) -> dict[str, Tensor]:
         if self._pictures is None:

@@ -170,9 +170,7 @@ class Mixture:
         return order
 
 
-def _make_order(
-    size: int, key: tuple[int, ...], groups: npt.NDArray[np.int64] | None, piece_size: int
-) -> _Order:
+def _make_order(size: int, key: tuple[int, ...], groups: npt.NDArray[np.int64] | None, piece_size: int) -> _Order:
     rows = _shuffle(size, key)
     if groups is None or len(np.unique(groups)) == size:
         return _Order(rows, np.arange(size))

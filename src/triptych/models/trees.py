@@ -103,7 +103,7 @@ def make_layout(batch: Batch, image_token_id: int | None) -> TreeLayout:
         image_token_id: given where the tokens of a picture see each other in both directions.
     """
     device = batch.input_ids.device
-    num_rows, length = batch.input_ids.shape
+    length = batch.input_ids.shape[1]
     columns = torch.arange(length, device=device)
     is_first = torch.ones_like(batch.tree_index, dtype=torch.bool)
     is_first[1:] = batch.tree_index[1:] != batch.tree_index[:-1]
@@ -189,7 +189,6 @@ def tree_attention(
     trees: TreeLayout | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of packed trees, in the form that transformers calls; without `trees` its own (`sdpa`).
@@ -201,7 +200,7 @@ def tree_attention(
         [1, N, H, D], and no attention weights.
     """
     if trees is None:
-        options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **options}
+        options = {"dropout": dropout, "scaling": scaling, **options}
         output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output
     if options.get("softcap") is not None:
@@ -213,7 +212,7 @@ def tree_attention(
     outputs = []
     for number, group in enumerate(trees.groups):
         parts = [states[0][group.queries], states[1][group.keys], states[2][group.keys]]
-        mask = trees.mask(number, sliding_window, dtype)
+        mask = trees.mask(number, options.get("sliding_window"), dtype)
         outputs.append(_attend([part.transpose(1, 2) for part in parts], mask, dropout, scaling))
     return torch.cat(outputs)[trees.order].unsqueeze(0), None
 

@@ -47,7 +47,8 @@ class Built:
     save: Callable[[Path], None]
     """Write the finished model as a Hugging Face folder; called on the main rank with full weights in place."""
     by_picture: bool = True
-    """Whether rows about one picture may stand together; not where the others of a batch are what a row is told from."""
+    """Whether rows about one picture may stand together; not where the others of a batch are what a row is told
+    from."""
     packed: bool = False
     """Whether the scorer computes trees packed."""
     reference: Reference | None = None
@@ -166,7 +167,15 @@ def preflight(recipe: StageRecipe, built: Built) -> None:
     if recipe.train.best and recipe.evaluation is None:
         message = f"`{recipe.train.best.metric}` is followed, but nothing evaluates it"
         raise ConfigError(Problem(message, key="train.best", remedy="give `evaluation:`, or take `best` out"))
-    loader = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, None, by_picture=built.by_picture, packed=built.packed)
+    loader = make_loader(
+        built.datasets,
+        built.encode,
+        built.pictures,
+        recipe.loader,
+        None,
+        by_picture=built.by_picture,
+        packed=built.packed,
+    )
     build_optimizer(built.groups, recipe.train.optimizer, recipe.loader.global_batch)
     multiplier(recipe.train.schedule, 0, loader.total_windows)
     checkpointed_blocks(recipe.train.runtime.activation_checkpointing, len(built.blocks))

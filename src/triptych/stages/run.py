@@ -102,7 +102,15 @@ def make_trainer(recipe: StageRecipe, built: Built, runtime: Runtime, output: Pa
         # Without effect unless the weights are sharded: answers then need them gathered, as the forward pass does.
         register_fsdp_forward_method(scorer, "generate")
     evaluators: list[Evaluator] = built.evaluators(wrapped, runtime)
-    source = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, output, by_picture=built.by_picture, packed=built.packed)
+    source = make_loader(
+        built.datasets,
+        built.encode,
+        built.pictures,
+        recipe.loader,
+        output,
+        by_picture=built.by_picture,
+        packed=built.packed,
+    )
     return Trainer(
         scorer=wrapped,
         objective=built.objective,
@@ -128,7 +136,15 @@ def show_plan(recipe: StageRecipe, built: Built, console: Console) -> None:
     mixture = Mixture([len(item) for item in built.datasets], [item.config.weight for item in built.datasets], 0)
     for dataset, quota in zip(built.datasets, mixture.quotas, strict=True):
         console.print(f"{dataset.name}: {len(dataset)} rows, {quota} draws an epoch", markup=False)
-    loader = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, None, by_picture=built.by_picture, packed=built.packed)
+    loader = make_loader(
+        built.datasets,
+        built.encode,
+        built.pictures,
+        recipe.loader,
+        None,
+        by_picture=built.by_picture,
+        packed=built.packed,
+    )
     console.print(
         f"{loader.total_windows} steps of {recipe.loader.global_batch} examples, into {recipe.output}", markup=False
     )

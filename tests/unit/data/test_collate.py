@@ -123,6 +123,7 @@ def test_a_shared_beginning_holds_whole_equal_pictures() -> None:
         _asked(CAT, [], [5]), trunk=part([1, 9, 9, 9, 9], [S, M, M, M, M], images=(0, 1)), images=(CAT, DOG)
     )
     assert collate([touching, touching]).tree_index.tolist() == [0, 1]
+
     # The second picture differs: the trunk ends before it.
     def two(second: ImageReference) -> Example:
         trunk = part([1, 9, 9, 20, 9, 9, 21], [S, M, M, I, M, M, I], images=(0, 1))

@@ -73,6 +73,8 @@ def test_it_leaves_no_gradient_and_keeps_frozen_parts_in_their_mode(files: Files
 
 def test_a_source_of_several_windows_is_refused(files: Files, tmp_path: Path) -> None:
     built, recipe = build("language", files, tmp_path)
-    source = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, None, by_picture=True, packed=True)
+    source = make_loader(
+        built.datasets, built.encode, built.pictures, recipe.loader, None, by_picture=True, packed=True
+    )
     with pytest.raises(TrainingError, match="must be one window, this one has 10"):
         HeldOutLoss(built.scorer, built.objective, source, None, Runtime(RuntimeConfig()))

@@ -192,7 +192,7 @@ def test_a_trunk_that_cuts_a_picture_is_refused() -> None:
 
 
 def test_a_language_model_that_is_not_known_takes_the_plain_path() -> None:
-    model, tokenizer, image_processor = tiny_family("llava")
+    model, _, _ = tiny_family("llava")
     model.config.text_config.model_type = "bloom"
     scorer = VlmScorer(model, find_components(model))
     assert not scorer.packs_trees

@@ -35,7 +35,9 @@ def test_groups_and_blocks_are_named_as_in_the_scorer(files: Files, tmp_path: Pa
     assert all(parameters[name] is item for name, item in named.items())
     assert len(built.blocks) == 4 and all(built.scorer.get_submodule(path) for path in built.blocks)
     assert resolved(recipe)["loader"]["seed"] == 0 and "from" in resolved(recipe)["model"]
-    loader = make_loader(built.datasets, built.encode, built.pictures, recipe.loader, tmp_path, by_picture=True, packed=True)
+    loader = make_loader(
+        built.datasets, built.encode, built.pictures, recipe.loader, tmp_path, by_picture=True, packed=True
+    )
     assert loader.total_windows == 10  # 2 epochs of 24 rows by 5
     held_out = make_held_out_loader(built.datasets, built.encode, built.pictures, 7)
     (window,) = held_out.windows()
