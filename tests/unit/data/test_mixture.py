@@ -116,7 +116,6 @@ def _runs(drawn: list[int], groups: list[int]) -> list[list[int]]:
     return runs
 
 
-@settings(deadline=None)
 @given(_GROUPED, st.integers(), st.integers(2, 5), st.integers(0, 2))
 def test_rows_of_a_group_stand_together(groups: list[list[int]], seed: int, piece: int, epoch: int) -> None:
     sizes = [len(item) for item in groups]
@@ -134,7 +133,6 @@ def test_rows_of_a_group_stand_together(groups: list[list[int]], seed: int, piec
     assert all(count <= math.ceil(members[group] / piece) for group, count in stretches.items())
 
 
-@settings(deadline=None)
 @given(_GROUPED, st.integers(), st.integers(2, 5))
 def test_rows_of_a_group_stand_together_within_their_share(groups: list[list[int]], seed: int, piece: int) -> None:
     sizes = [len(item) for item in groups]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from triptych.core.types import IGNORE, Branch, Example, ImageReference, Origin, TokenKind
@@ -41,7 +41,6 @@ _ROWS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(_ROWS, st.one_of(st.none(), st.integers(1, 5)), st.one_of(st.none(), st.integers(5, 90)), st.booleans())
 def test_every_example_once_within_the_budget(
     rows: list[tuple[int | None, int, int]], most: int | None, tokens: int | None, by_length: bool
