@@ -155,7 +155,7 @@ def test_a_merge_across_the_border_is_not_used() -> None:
     assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n\nYes<|im_end|>\n")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.text(max_size=20), min_size=4, max_size=4), st.sampled_from(list(REAL_TOKENIZERS)))
 def test_any_words_survive_and_prompts_stay_prefixes(words: list[str], name: str) -> None:
     question, answer, second, last = (f"{word}a" for word in words)

@@ -101,7 +101,7 @@ _VALUES = st.recursive(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(row=st.dictionaries(st.sampled_from(_NAMES), _VALUES, max_size=5))
 def test_any_row_is_a_sample_or_a_data_error(tmp_path: Path, name: str, row: dict[str, object]) -> None:
     config = ADAPTER.validate_python({"format": name, "path": "rows.jsonl"})
