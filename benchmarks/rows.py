@@ -1,0 +1,140 @@
+"""The rows of the table: what is compared with what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import ours, peers
+from benchmarks.models import FULL, Scale, build_model, make_example
+from benchmarks.timing import Way
+from triptych.core.types import Batch, Example
+from triptych.data.collate import collate
+from triptych.models.components import find_components
+from triptych.models.vlm import VlmScorer
+
+
+@dataclass(frozen=True)
+class Row:
+    """A comparison that is ready to run."""
+
+    ours: Way
+    peer: Way
+    peer_name: str
+    unit: str = "seconds a step"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a row runs."""
+
+    scale: Scale = FULL
+    bf16: bool = False
+
+
+Build = Callable[[Setting], Row]
+
+
+def _sft(setting: Setting) -> tuple[nn.Module, VlmScorer, Batch]:
+    """Four rows, one question a picture, answers of uneven length; the tower rests."""
+    generator = torch.Generator().manual_seed(1)
+    examples = [make_example(n, n, 196, 24, [(32, 24, 16, 8)[n]], generator) for n in range(4)]
+    return _prepare(setting, 196, examples)
+
+
+def sft_full_196(setting: Setting) -> Row:
+    """Against `transformers.Trainer`."""
+    model, scorer, batch = _sft(setting)
+    step, trainer = peers.hugging_face_trainer(model, batch, setting.bf16)
+    return Row(
+        _way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
+        Way("peer", step, model, trainer.create_optimizer()),
+        "transformers.Trainer.training_step: padded, attention mask, logits of every position",
+    )
+
+
+def sft_full_196_trl(setting: Setting) -> Row:
+    """Against what TRL does on GPUs."""
+    model, scorer, batch = _sft(setting)
+    return Row(
+        _way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
+        _way("peer", model, setting, lambda: peers.supervised_only(model, batch)),
+        "TRL's GPU algorithm written down again: padded, attention mask, logits of learned positions only",
+    )
+
+
+def sft_tree8_576(setting: Setting) -> Row:
+    """Eight questions of 28 tokens with answers of 32 about one picture of 576 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    examples = [make_example(n, 0, 576, 28, [32], generator) for n in range(8)]
+    model, scorer, batch = _prepare(setting, 576, examples)
+    return Row(
+        _way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
+        _way("peer", model, setting, lambda: peers.supervised_only(model, batch)),
+        "TRL's GPU algorithm written down again, one row a question",
+    )
+
+
+def _dpo(image_tokens: int, full_logits: bool) -> Build:
+    def build(setting: Setting) -> Row:
+        generator = torch.Generator().manual_seed(1)
+        examples = [make_example(n, n, image_tokens, 24, [60, 56], generator) for n in range(2)]
+        model, scorer, batch = _prepare(setting, image_tokens, examples)
+        known = ours.with_reference(scorer, batch)
+        return Row(
+            _way("ours", model, setting, lambda: ours.preference(scorer, known, 0.1)),
+            _way("peer", model, setting, lambda: peers.preference(model, batch, 0.1, full_logits)),
+            "DPO with logits of every position and a reference pass (LLaMA-Factory's way) written down again"
+            if full_logits
+            else "TRL's GPU algorithm written down again: learned positions only, a reference pass each step",
+        )
+
+    return build
+
+
+def group8_576(setting: Setting) -> Row:
+    """The update on eight samples of one prompt."""
+    generator = torch.Generator().manual_seed(1)
+    example = make_example(0, 0, 576, 28, [32] * 8, generator)
+    model, scorer, batch = _prepare(setting, 576, [example])
+    advantages = torch.linspace(-1, 1, 8)
+    return Row(
+        _way("ours", model, setting, lambda: ours.policy_gradient(scorer, batch, advantages)),
+        _way("peer", model, setting, lambda: peers.policy_gradient(model, batch, advantages)),
+        "one row a sample, logits of learned positions only",
+    )
+
+
+ROWS: Mapping[str, Build] = {
+    "sft_full_196": sft_full_196,
+    "sft_full_196_trl": sft_full_196_trl,
+    "sft_tree8_576": sft_tree8_576,
+    "dpo_196": _dpo(196, full_logits=False),
+    "dpo_576": _dpo(576, full_logits=False),
+    "dpo_576_full": _dpo(576, full_logits=True),
+    "group8_576": group8_576,
+}
+
+
+def _prepare(setting: Setting, image_tokens: int, examples: Sequence[Example]) -> tuple[nn.Module, VlmScorer, Batch]:
+    model = build_model(setting.scale, image_tokens)
+    model.model.vision_tower.requires_grad_(False)
+    scorer = VlmScorer(model, find_components(model)).train()
+    batch = collate(examples)
+    side = round(image_tokens**0.5) * setting.scale.patch
+    pixels = torch.randn(len(batch.images), 3, side, side, generator=torch.Generator().manual_seed(2))
+    return model, scorer, replace(batch, pixels={"pixel_values": pixels})
+
+
+def _way(name: str, model: nn.Module, setting: Setting, loss: Callable[[], Tensor]) -> Way:
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+            value = loss()
+        value.backward()
+        return value.detach()
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Way(name, run, model, torch.optim.AdamW(trained, lr=0.0, fused=True))
