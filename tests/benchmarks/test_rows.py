@@ -1,0 +1,56 @@
+"""Every row of the benchmark compares two ways to the same loss and the same gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.models import TINY
+from benchmarks.rows import ROWS, Setting
+from benchmarks.timing import PeakMemory, Way, interleave
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_both_ways_have_the_same_loss_and_gradients(name: str) -> None:
+    row = ROWS[name](Setting(scale=TINY))
+    found = []
+    for way in (row.ours, row.peer):
+        way.model.zero_grad()
+        loss = way.run()
+        found.append((loss, {n: p.grad.clone() for n, p in way.model.named_parameters() if p.grad is not None}))
+    (loss, ours), (other, peer) = found
+    torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-6)
+    assert ours.keys() == peer.keys() and ours
+    total = torch.stack([gradient.norm() for gradient in peer.values()]).norm()
+    for key, gradient in peer.items():
+        assert (ours[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * total, key
+
+
+def test_ways_take_turns_and_their_memory_is_their_own() -> None:
+    model = torch.nn.Linear(4, 4)
+    taken: list[str] = []
+
+    def way(name: str, megabytes: int) -> Way:
+        def run() -> torch.Tensor:
+            taken.append(name)
+            held = torch.ones(megabytes * 2**18)  # float32
+            loss = model(held[:4]).sum()
+            loss.backward()
+            return loss
+
+        return Way(name, run, model)
+
+    timings = interleave([way("small", 1), way("large", 200)], repeats=3)
+    assert taken == ["small", "large", "large", "small"] * 2
+    assert len(timings["small"].seconds) == 3 and timings["small"].median > 0
+    assert timings["large"].peak > 150 * 2**20 > 50 * 2**20 > timings["small"].peak
+
+
+def test_a_peak_between_two_looks_of_the_caller_is_seen() -> None:
+    with PeakMemory() as memory:
+        held = torch.ones(100 * 2**18)
+        torch.mul(held, 2, out=held)
+        for _ in range(20):
+            held.add_(1)
+        del held
+    assert memory.added > 80 * 2**20
