@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,6 +16,10 @@ from triptych.core.protocols import PictureProcessor
 from triptych.models.components import row_inputs_kind
 from triptych.models.modes import evaluation_mode
 from triptych.models.pictures import model_inputs
+
+
+_ROWS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+"""Inputs with a line for each prompt; the others belong to pictures."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,11 @@ def generate(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     temperature: float = 0.0,
+    samples: int = 1,
 ) -> list[list[int]]:
     """Continue each prompt; prompts are padded on the left and hidden by the attention mask, so rows do not interact.
+
+    With several samples of a prompt, the prompt is computed once and its keys and values are repeated.
 
     Args:
         hf: A model in any mode, which it keeps; answers are made in evaluation mode.
@@ -46,15 +54,18 @@ def generate(
         max_new_tokens: Longest continuation in tokens.
         stop_ids: Ids that end a turn; the first one met and all after it are cut from the result.
         temperature: 0 for greedy, otherwise sampling at this temperature.
+        samples: Continuations of each prompt.
 
     Returns:
-        New token ids of each prompt, without the stop id.
+        New token ids of each continuation, without the stop id; those of a prompt follow each other.
     """
     assert isinstance(hf, GenerationMixin)
     pad = stop_ids[0] if stop_ids else 0
     inputs = prompt_inputs(hf, prompts, pictures, pad)
     longest = inputs["input_ids"].shape[1]
     with evaluation_mode(hf):
+        if samples > 1:
+            inputs = _repeat_prompts(hf, inputs, samples, pad)
         output = hf.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -72,6 +83,24 @@ def generate(
         end = next((index for index, token in enumerate(row) if token in stops), len(row))
         answers.append(row[:end])
     return answers
+
+
+def _repeat_prompts(hf: GenerationMixin, inputs: dict[str, Tensor], samples: int, pad: int) -> dict[str, Any]:
+    """Inputs of the same prompts, each `samples` times, with all but their last token computed already."""
+    rows = {name: value for name, value in inputs.items() if name in _ROWS}
+    if inputs["input_ids"].shape[1] > 1:
+        first = hf.generate(
+            **{**inputs, **{name: value[:, :-1] for name, value in rows.items()}},
+            max_new_tokens=1,
+            do_sample=False,
+            pad_token_id=pad,
+            use_cache=True,
+            return_dict_in_generate=True,
+        )
+        cache = first.past_key_values
+        cache.batch_repeat_interleave(samples)
+        return {**{name: value.repeat_interleave(samples, 0) for name, value in rows.items()}, "past_key_values": cache}
+    return {name: value.repeat_interleave(samples, 0) for name, value in rows.items()}
 
 
 def prompt_inputs(

@@ -52,6 +52,34 @@ def test_a_batch_answers_as_each_row_alone(family: str) -> None:
     assert len({tuple(answer) for answer in together}) > 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_samples_of_a_prompt_are_those_of_the_prompt_repeated(family: str, temperature: float) -> None:
+    model, tokenizer, processor = tiny_family(family, dtype=torch.float64)
+    pictures = make_pictures(model.config, processor, tokenizer)
+    rows = prompts(tokenizer, pictures)
+    seen: list[tuple[int, ...]] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:2]))
+    options: dict[str, Any] = {"max_new_tokens": 5, "stop_ids": [0], "temperature": temperature}
+    torch.manual_seed(3)
+    shared = generate(model, rows, pictures, samples=3, **options)
+    longest = max(len(row.input_ids) for row in rows)
+    assert seen[0] == (len(rows), longest - 1) and set(seen[1:]) == {(3 * len(rows), 1)}
+    torch.manual_seed(3)
+    repeated = generate(model, [row for row in rows for _ in range(3)], pictures, **options)
+    assert shared == repeated and len(shared) == 3 * len(rows)
+    if temperature:
+        assert len({tuple(answer) for answer in shared[:3]}) > 1
+
+
+def test_a_prompt_of_one_token_has_nothing_to_share() -> None:
+    model, tokenizer, processor = tiny_family("llava")
+    pictures = make_pictures(model.config, processor, tokenizer)
+    one = [Prompt(torch.tensor([5]), ())]
+    options: dict[str, Any] = {"max_new_tokens": 3, "stop_ids": [383]}
+    assert generate(model, one, pictures, samples=2, **options) == generate(model, one * 2, pictures, **options)
+
+
 def test_the_answer_ends_before_the_first_stop_token() -> None:
     model, tokenizer, processor = tiny_family("llava")
     pictures = make_pictures(model.config, processor, tokenizer)
