@@ -176,7 +176,7 @@ def write_report(
     file, missing = run_report(run, output)
     console.print(f"report: {file}")
     if missing:
-        console.print(f"{missing} pictures were not found: run this in the folder where the model was trained")
+        console.print(f"pictures not found: {missing} (run this in the folder where the model was trained)")
 
 
 @app.command()

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tests.commands import read_recipe, triptych, write
 from tests.recipes.tiny_recipes import Files, tune
 from tests.unit.stages.conftest import Run
+from triptych.engine.parallel import Runtime, RuntimeConfig
 from triptych.engine.state import seed_everything
+from triptych.evaluation.answers import AnswerAccuracy
 from triptych.models.adapters import load_adapters, merge_adapters
 from triptych.models.picture_words import ReadingRules
 from triptych.stages.tune import build_tune
@@ -137,3 +140,12 @@ def test_bag_of_words_passes_over_a_window_without_one_usable_row(files: Files, 
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["event"] == "step"]
     assert [line["samples"] for line in steps].count(0) == len(steps) - 1
+
+
+def test_answers_are_scored_by_the_metric_of_their_task(files: Files, tmp_path: Path) -> None:
+    recipe = {**tune(files), "output": str(tmp_path / "run")}
+    recipe["evaluation"] = {**recipe["evaluation"], "answers": True, "metrics": {"caption": "objects"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    built = build_tune(read_recipe(tmp_path / "recipe.yaml"))
+    accuracy = built.evaluators(built.scorer, Runtime(RuntimeConfig()))[-1]
+    assert isinstance(accuracy, AnswerAccuracy) and accuracy.metrics == {"caption": "objects"}
