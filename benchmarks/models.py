@@ -88,9 +88,7 @@ def make_example(
     kinds[1 : 1 + image_tokens] = int(TokenKind.IMAGE)
     return Example(
         trunk=branch(ids, kinds, False, (0,)),
-        branches=tuple(
-            branch(draw(count), torch.full((count,), int(TokenKind.RESPONSE)), True) for count in answers
-        ),
+        branches=tuple(branch(draw(count), torch.full((count,), int(TokenKind.RESPONSE)), True) for count in answers),
         images=(ImageReference(path=f"/{picture}", name=str(picture)),),
         image_sizes=((224, 224),),
         origin=Origin("random", number + 1),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from benchmarks.models import TINY
 from benchmarks.rows import ROWS, Setting
 from benchmarks.timing import PeakMemory, Way, interleave

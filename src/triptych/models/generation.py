@@ -17,7 +17,6 @@ from triptych.models.components import row_inputs_kind
 from triptych.models.modes import evaluation_mode
 from triptych.models.pictures import model_inputs
 
-
 _ROWS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """Inputs with a line for each prompt; the others belong to pictures."""
 
