@@ -1,4 +1,4 @@
-"""What other tools do with the same rows: their own code where it runs here, else their algorithm written down again."""
+"""What other tools do with the same rows: their own code where it runs here, else their algorithm written again."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def hugging_face_trainer(model: PreTrainedModel, batch: Batch, bf16: bool) -> tu
         max_steps=1,
     )
     trainer = Trainer(model=model, args=arguments)
+    trainer.current_gradient_accumulation_steps = 1  # which its `train` sets
     inputs = {**padded_inputs(batch), "labels": batch.labels}
     return lambda: trainer.training_step(model, dict(inputs)), trainer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import statistics
@@ -140,7 +141,5 @@ def _wait_until_quiet() -> bool:
 
 def _give_back() -> None:
     """Let the allocator return what is free, so that a step's peak is its own."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # another allocator: the base is a little higher for both ways
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        pass  # another allocator; the base is then a little higher for both ways

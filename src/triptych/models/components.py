@@ -218,6 +218,15 @@ def row_inputs_kind(hf_model: PreTrainedModel) -> RowInputs:
     return "rotary_grid" if "mm_token_type_ids" in names else "plain"
 
 
+def repeat_positions(hf_model: PreTrainedModel, times: int) -> None:
+    """Tell a model that continues prompts from a cache that each row of it now stands `times` in a row.
+
+    Families with a rotary grid remember how far the positions of each prompt lag behind its tokens.
+    """
+    if row_inputs_kind(hf_model) == "rotary_grid":
+        hf_model.model.rope_deltas = hf_model.model.rope_deltas.repeat_interleave(times, 0)
+
+
 def row_inputs(
     kind: RowInputs,
     hf_model: PreTrainedModel,

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, PreTrainedModel
 
 from triptych.core.protocols import PictureProcessor
-from triptych.models.components import row_inputs_kind
+from triptych.models.components import repeat_positions, row_inputs_kind
 from triptych.models.modes import evaluation_mode
 from triptych.models.pictures import model_inputs
 
@@ -84,7 +84,7 @@ def generate(
     return answers
 
 
-def _repeat_prompts(hf: GenerationMixin, inputs: dict[str, Tensor], samples: int, pad: int) -> dict[str, Any]:
+def _repeat_prompts(hf: PreTrainedModel, inputs: dict[str, Tensor], samples: int, pad: int) -> dict[str, Any]:
     """Inputs of the same prompts, each `samples` times, with all but their last token computed already."""
     rows = {name: value for name, value in inputs.items() if name in _ROWS}
     if inputs["input_ids"].shape[1] > 1:
@@ -98,6 +98,7 @@ def _repeat_prompts(hf: GenerationMixin, inputs: dict[str, Tensor], samples: int
         )
         cache = first.past_key_values
         cache.batch_repeat_interleave(samples)
+        repeat_positions(hf, samples)
         return {**{name: value.repeat_interleave(samples, 0) for name, value in rows.items()}, "past_key_values": cache}
     return {name: value.repeat_interleave(samples, 0) for name, value in rows.items()}
 

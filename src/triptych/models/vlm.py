@@ -173,13 +173,16 @@ class VlmScorer(nn.Module):
         Raises:
             ModelError: a trunk ends inside a picture.
         """
-        ids = self._image_token_id
         columns = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
-        in_trunk = (columns < batch.trunk_lengths[:, None]) & (batch.input_ids == ids)
+        in_trunk = (columns < batch.trunk_lengths[:, None]) & (batch.input_ids == self._image_token_id)
         order: list[int] = []
         before = -1
         rows = zip(batch.tree_index.tolist(), in_trunk.sum(1).tolist(), batch.row_images, strict=True)
         for row, (tree, tokens, images) in enumerate(rows):
+            if tree != before:
+                order += images
+                before = tree
+                continue
             shared, seen = 0, 0
             while seen < tokens:
                 seen += len(features.pooled[images[shared]])
@@ -189,8 +192,7 @@ class VlmScorer(nn.Module):
                     f"the trunk of sample {batch.origins[row]} ends inside a picture: {tokens} of {seen} tokens",
                     remedy="build examples whose trunk holds whole pictures",
                 )
-            order += images[shared:] if tree == before else images
-            before = tree
+            order += images[shared:]
         return order
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[list[int]]:
