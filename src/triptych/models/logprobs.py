@@ -41,23 +41,6 @@ def label_logprobs(hidden: Tensor, labels: Tensor, head: nn.Module, chunk_size: 
     return torch.cat(parts)
 
 
-def shifted_states(hidden: Tensor, labels: Tensor, supervised: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states that predict the supervised labels, and those labels, in row-major order.
-
-    The label at position t is predicted from position t - 1; column 0 has no predecessor and is never supervised.
-
-    Args:
-        hidden: [R, L, D].
-        labels: [R, L].
-        supervised: [R, L] bool, False in column 0.
-
-    Returns:
-        [S, D] and [S].
-    """
-    mask = supervised[:, 1:]
-    return hidden[:, :-1][mask], labels[:, 1:][mask]
-
-
 def _chunk_logprobs(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     logits = head(hidden)
     if logits.dtype in (torch.float16, torch.bfloat16):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ from triptych.models.logprobs import DEFAULT_CHUNK, label_logprobs
 from triptych.models.picture_words import PictureWords
 from triptych.models.pictures import PICTURE_TILES, model_inputs
 from triptych.models.trees import make_layout, pack, tree_inputs, use_tree_attention
+
+logger = logging.getLogger(__name__)
 
 WORD_NEEDS: frozenset[ScoreField] = frozenset({"word_logprobs", "silence_logprobs", "picture_distances"})
 """What is computed from pictures and word embeddings, without the language model."""
@@ -97,9 +101,12 @@ class VlmScorer(nn.Module):
         self.words = words
         self._image_token_id = components.image_token_id
         self._row_inputs = row_inputs_kind(hf)
-        self.packs_trees = trees and tree_obstacle(hf) is None
+        obstacle = tree_obstacle(hf) if trees else None
+        self.packs_trees = trees and obstacle is None
         if self.packs_trees:
             use_tree_attention(hf)
+        if obstacle is not None:
+            _say_once(f"trees are expanded to padded rows: {obstacle}")
 
     def forward(self, batch: Batch) -> Scores:
         """Score a batch on the model's device.
@@ -342,6 +349,11 @@ def _grids(batch: Batch, order: list[int]) -> Tensor | None:
     """[pictures of all rows in order, 3], for families whose pixels name their grids."""
     grids = batch.pixels.get("image_grid_thw") if batch.pixels is not None else None
     return grids[order] if grids is not None and order else None
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _freeze_modes(module: nn.Module) -> None:

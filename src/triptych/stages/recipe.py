@@ -107,6 +107,9 @@ class VlmRecipe(StageRecipe):
     words of a user are left out when it is used, too."""
     max_length: int = Field(default=2048, ge=8)
     """Longest row in tokens, picture tokens included; longer rows are reported, never cut."""
+    trees: bool = True
+    """Compute what rows about one picture have in common once, and no padding. The result is the same up to rounding;
+    `false` expands them to padded rows, as families do whose attention is not known."""
 
 
 class TuneRecipe(VlmRecipe):

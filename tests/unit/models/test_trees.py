@@ -191,9 +191,14 @@ def test_a_trunk_that_cuts_a_picture_is_refused() -> None:
         fast(replace(batch, trunk_lengths=batch.trunk_lengths - 3))
 
 
-def test_a_language_model_that_is_not_known_takes_the_plain_path() -> None:
+def test_a_language_model_that_is_not_known_takes_the_plain_path(caplog: pytest.LogCaptureFixture) -> None:
     model, _, _ = tiny_family("llava")
     model.config.text_config.model_type = "bloom"
-    scorer = VlmScorer(model, find_components(model))
-    assert not scorer.packs_trees
-    assert tree_obstacle(model) == "the attention of a `bloom` language model is not known"
+    scorers = [VlmScorer(model, find_components(model)) for _ in range(2)]
+    assert not any(scorer.packs_trees for scorer in scorers)
+    message = "the attention of a `bloom` language model is not known"
+    assert tree_obstacle(model) == message
+    assert caplog.messages == [f"trees are expanded to padded rows: {message}"]
+    caplog.clear()
+    assert not VlmScorer(tiny_family("llava")[0], scorers[0].components, trees=False).packs_trees
+    assert not caplog.messages
