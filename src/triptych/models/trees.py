@@ -1,27 +1,23 @@
 """Trees inside the language model: every trunk is computed once, and its branches see it and themselves only.
 
-The tokens of a micro-batch are laid out as one row without padding, so that linear layers compute each token once.
-Inside attention they are regrouped: trunks (and whole rows of trees with one branch) among themselves, under the causal
-kernel; the branches of a tree over the trunk's keys and their own. Everything after the language model, labels and
-log-probabilities, is again by rows. Loss and gradients equal those of the expanded rows up to rounding.
+The tokens of a micro-batch are laid out as one row without padding, so that linear layers compute each token once; how
+they see each other is in `tree_attention`. Everything after the language model, labels and log-probabilities, is again
+by rows. Loss and gradients equal those of the expanded rows up to rounding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from triptych.core.types import Batch
 
-TREE_ATTENTION = "triptych_trees"
-"""Name under which transformers knows the attention function; without trees it is the plain one (`sdpa`)."""
+LIKE_LENGTH = 0.8
+"""Stretches at least this share of the longest are padded to it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,16 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Stretches:
+    """Stretches of packed tokens of like length, each of which sees itself in causal order."""
+
+    index: Tensor
+    """[G, L] int64 numbers of packed tokens; 0 behind the end."""
+    is_real: Tensor | None
+    """[G, L] bool; None where all are of one length."""
+
+
+@dataclass(frozen=True)
 class TreeLayout:
     """Where the N tokens of the trees of a batch lie, and which of them see each other."""
 
@@ -51,17 +57,27 @@ class TreeLayout:
     places: Tensor
     """[R, L] int64: the number among the N of every token of every row; 0 on padding."""
     columns: Tensor
-    """[N] int64 position of each token in its row."""
+    """[N] int32 position of each token in its row."""
     rows: Tensor
-    """[N] int64 row of each token."""
+    """[N] int32 row of each token."""
+    trees: Tensor
+    """[N] int32 tree of each token."""
+    is_trunk: Tensor
+    """[N] bool: token of a trunk, which all rows of its tree see."""
+    stretches: tuple[Stretches, ...]
+    """Every token once: whole rows of trees with one branch, trunks, and what follows a trunk in each row."""
+    forks: tuple[tuple[int, int, int], ...]
+    """(first token of a trunk, first token of its branches, their end), for trees with several."""
     groups: tuple[Group, ...]
-    """Trunks, and branches where there are any."""
+    """The same for kernels that take a mask: trunks, and branches where there are any."""
     order: Tensor
     """[N] int64: place of each token among the queries of all groups, flattened and joined."""
     blocks: Tensor | None
-    """[N] int64: tokens of one number see each other in both directions (the pictures of Gemma 3), -1: none."""
-    masks: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
-    """Additive masks made so far, by group, sliding window and dtype; every layer of a kind shares one."""
+    """[N] int32: tokens of one number see each other in both directions (the pictures of Gemma 3), -1: none."""
+    longest: int
+    """Tokens of the longest row."""
+    masks: dict[Hashable, Any] = field(default_factory=dict)
+    """What attention kernels made of the layout so far; every layer of a kind shares one."""
 
     def mask(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """Additive mask [G, 1, Q, K] of a group; None where the causal kernel will do."""
@@ -72,25 +88,29 @@ class TreeLayout:
         if key not in self.masks:
             hidden = ~self._visible(group, window)[:, None]
             self.masks[key] = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
-        return self.masks[key]
+        mask: Tensor = self.masks[key]
+        return mask
+
+    def sees(self, queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+        """Bool, of the common shape: whether tokens of these numbers see those.
+
+        Args:
+            window: how far back a token sees; itself and `window - 1` before it.
+        """
+        visible = self.columns[keys] <= self.columns[queries]
+        if self.blocks is not None:
+            visible = visible | ((self.blocks[queries] == self.blocks[keys]) & (self.blocks[queries] >= 0))
+        if window is not None:
+            visible = visible & (self.columns[queries] - self.columns[keys] < window)
+        own = self.rows[queries] == self.rows[keys]
+        shared = (self.trees[queries] == self.trees[keys]) & self.is_trunk[keys]
+        return visible & (own | shared)
 
     def _visible(self, group: Group, window: int | None) -> Tensor:
         """[G, Q, K] bool."""
-        queries, keys = group.queries[:, :, None], group.keys[:, None, :]
-        columns = self.columns.int()
-        visible = columns[keys] <= columns[queries]
-        if self.blocks is not None:
-            blocks = self.blocks.int()
-            visible |= (blocks[queries] == blocks[keys]) & (blocks[queries] >= 0)
-        if window is not None:
-            visible &= columns[queries] - columns[keys] < window
-        rows = self.rows.int()
-        own = rows[queries] == rows[keys]
-        trunk = _before(group.shared, group.num_shared)
+        visible = self.sees(group.queries[:, :, None], group.keys[:, None, :], window)
         end = _before(group.num_queries, group.queries.shape[1])
-        own[:, :, : group.num_shared] = trunk[:, None, :]
-        own[:, :, group.num_shared :] &= end[:, None, :]
-        visible &= own
+        visible &= torch.cat([_before(group.shared, group.num_shared), end], dim=1)[:, None, :]
         # What stands behind the end of a group is read by nobody, but must not be the softmax of nothing.
         visible[:, :, 0] |= ~end
         return visible
@@ -114,38 +134,94 @@ def make_layout(batch: Batch, image_token_id: int | None) -> TreeLayout:
     tokens = own.flatten().nonzero()[:, 0]
     numbers = own.flatten().cumsum(0).view_as(own) - 1
     places = torch.where(own, numbers, numbers[first]).masked_fill(~real, 0)
-    groups = _make_groups(places, is_first.tolist(), batch.lengths.tolist(), batch.trunk_lengths.tolist())
+    trees = _list_trees(is_first.tolist(), batch.lengths.tolist(), batch.trunk_lengths.tolist())
+    groups = _make_groups(places, trees)
     kept = torch.cat([_before(group.num_queries, group.queries.shape[1]).flatten() for group in groups])
     where = kept.nonzero()[:, 0]
     order = torch.empty_like(tokens)
     order[torch.cat([group.queries.flatten() for group in groups])[where]] = where
+    rows = tokens // length
     return TreeLayout(
         tokens=tokens,
         places=places,
-        columns=tokens % length,
-        rows=tokens // length,
+        columns=(tokens % length).int(),
+        rows=rows.int(),
+        trees=batch.tree_index[rows].int(),
+        is_trunk=tokens % length < batch.trunk_lengths[rows],
+        stretches=_make_stretches(trees, device),
+        forks=tuple(
+            (tree.start, tree.start + tree.trunk, tree.stop) for tree in trees if tree.trunk and sum(tree.branches)
+        ),
         groups=groups,
         order=order,
-        blocks=None if image_token_id is None else _blocks(batch.input_ids == image_token_id)[tokens],
+        blocks=None if image_token_id is None else _blocks(batch.input_ids == image_token_id)[tokens].int(),
+        longest=int(batch.lengths.max()),
     )
 
 
-def _make_groups(
-    places: Tensor, is_first: list[bool], lengths: list[int], trunk_lengths: list[int]
-) -> tuple[Group, ...]:
+@dataclass(frozen=True)
+class _PackedTree:
+    """Where a tree lies among the packed tokens: its trunk, then what follows it in each row."""
+
+    row: int
+    """First row."""
+    start: int
+    trunk: int
+    """Tokens of the trunk; of a tree with one row, all."""
+    branches: tuple[int, ...]
+    """Tokens that follow it in each row; none for a tree with one row."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.trunk + sum(self.branches)
+
+
+def _list_trees(is_first: list[bool], lengths: list[int], trunk_lengths: list[int]) -> list[_PackedTree]:
+    firsts = [row for row, flag in enumerate(is_first) if flag]
+    trees: list[_PackedTree] = []
+    for row, end in zip(firsts, [*firsts[1:], len(is_first)], strict=True):
+        is_single = end - row == 1
+        trunk = lengths[row] if is_single else trunk_lengths[row]
+        branches = () if is_single else tuple(length - trunk for length in lengths[row:end])
+        trees.append(_PackedTree(row, trees[-1].stop if trees else 0, trunk, branches))
+    return trees
+
+
+def _make_stretches(trees: list[_PackedTree], device: torch.device) -> tuple[Stretches, ...]:
+    """Stretches of like length share one call of the kernel, so that it can use all processors."""
+    pieces: list[tuple[int, int]] = []
+    for tree in trees:
+        start = tree.start
+        for size in (tree.trunk, *tree.branches):
+            if size:
+                pieces.append((size, start))
+            start += size
+    groups: list[list[tuple[int, int]]] = []
+    for size, start in sorted(pieces, key=lambda piece: -piece[0]):
+        if not groups or size < LIKE_LENGTH * groups[-1][0][0]:
+            groups.append([])
+        groups[-1].append((size, start))
+    return tuple(_stretch(group, device) for group in groups)
+
+
+def _stretch(pieces: list[tuple[int, int]], device: torch.device) -> Stretches:
+    index, sizes = _pad([torch.arange(start, start + size, device=device) for size, start in pieces])
+    width = index.shape[1]
+    return Stretches(index, None if min(size for size, _ in pieces) == width else _before(sizes, width))
+
+
+def _make_groups(places: Tensor, trees: list[_PackedTree]) -> tuple[Group, ...]:
     """Trunks and whole rows [trees, ...]; branches, several of a tree in one group as long as they are no more tokens
     than its trunk, since the keys and the mask of a group grow with both."""
-    starts = [row for row, flag in enumerate(is_first) if flag]
-    trunks: list[Tensor] = []
+    trunks = [places[tree.row, : tree.trunk] for tree in trees]
     leaves: list[tuple[Tensor, Tensor]] = []
-    for start, stop in zip(starts, [*starts[1:], len(is_first)], strict=True):
-        if stop - start == 1:
-            trunks.append(places[start, : lengths[start]])
-            continue
-        size = trunk_lengths[start]
-        trunks.append(places[start, :size])
-        branches = [places[row, size : lengths[row]] for row in range(start, stop) if lengths[row] > size]
-        leaves += [(trunks[-1], part) for part in _join_branches(branches, size)]
+    for tree, trunk in zip(trees, trunks, strict=True):
+        branches = [
+            places[tree.row + number, tree.trunk : tree.trunk + size]
+            for number, size in enumerate(tree.branches)
+            if size
+        ]
+        leaves += [(trunk, part) for part in _join_branches(branches, tree.trunk)]
     none = torch.zeros(len(trunks), dtype=torch.int64, device=places.device)
     queries, sizes = _pad(trunks)
     groups = [Group(queries, queries, sizes, none, 0, is_causal=True)]
@@ -180,72 +256,6 @@ def tree_inputs(layout: TreeLayout) -> dict[str, Any]:
     return {"trees": layout, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.tokens.device)}
 
 
-def tree_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    trees: TreeLayout | None = None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Attention of packed trees, in the form that transformers calls; without `trees` its own (`sdpa`).
-
-    Args:
-        query: [1, H, N, D]; `key` and `value` may have fewer heads, each for several of the query's.
-
-    Returns:
-        [1, N, H, D], and no attention weights.
-    """
-    if trees is None:
-        options = {"dropout": dropout, "scaling": scaling, **options}
-        output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        return output
-    if options.get("softcap") is not None:
-        raise ValueError("packed trees know no soft-capping of attention scores")
-    dtype = query.dtype
-    if torch.is_autocast_enabled(query.device.type):  # what autocast makes of them, but before they are copied
-        dtype = torch.get_autocast_dtype(query.device.type)
-    states = [item[0].transpose(0, 1).to(dtype) for item in (query, key, value)]
-    outputs = []
-    for number, group in enumerate(trees.groups):
-        parts = [states[0][group.queries], states[1][group.keys], states[2][group.keys]]
-        mask = trees.mask(number, options.get("sliding_window"), dtype)
-        outputs.append(_attend([part.transpose(1, 2) for part in parts], mask, dropout, scaling))
-    return torch.cat(outputs)[trees.order].unsqueeze(0), None
-
-
-def _attend(states: list[Tensor], mask: Tensor | None, dropout: float, scaling: float | None) -> Tensor:
-    """[G * Q, H, D]."""
-    query, key, value = states
-    repeats = query.shape[1] // key.shape[1]
-    # With a mask, only the CPU has a kernel for fewer key heads.
-    has_kernel = mask is None or query.device.type == "cpu"
-    if repeats > 1 and not has_kernel:
-        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-    joined = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=repeats > 1 and has_kernel,
-    )
-    return joined.transpose(1, 2).flatten(0, 1)
-
-
-def use_tree_attention(hf: PreTrainedModel) -> None:
-    """Let the language model of `hf` attend by trees where it is handed a layout; all else stays as it was.
-
-    Recomputation in the backward pass reads the same setting, so it cannot be switched on for a forward pass alone.
-    """
-    hf.set_attn_implementation({"text_config": TREE_ATTENTION})
-
-
 def _pad(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """[n, longest] with 0 behind the end, and the lengths [n]."""
     sizes = torch.tensor([len(part) for part in parts], device=parts[0].device)
@@ -262,7 +272,3 @@ def _blocks(is_image: Tensor) -> Tensor:
     starts = is_image.clone()
     starts[:, 1:] &= ~is_image[:, :-1]
     return torch.where(is_image, starts.flatten().cumsum(0).view_as(is_image), -1).flatten()
-
-
-AttentionInterface.register(TREE_ATTENTION, tree_attention)
-AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)

@@ -30,7 +30,8 @@ from triptych.models.generation import Prompt, generate
 from triptych.models.logprobs import DEFAULT_CHUNK, label_logprobs
 from triptych.models.picture_words import PictureWords
 from triptych.models.pictures import PICTURE_TILES, model_inputs
-from triptych.models.trees import make_layout, pack, tree_inputs, use_tree_attention
+from triptych.models.tree_attention import use_tree_attention
+from triptych.models.trees import make_layout, pack, tree_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,7 @@ class VlmScorer(nn.Module):
         """[S, D] hidden states that predict the supervised labels; trunks computed once."""
         layout = make_layout(batch, self._image_token_id if self._row_inputs == "image_blocks" else None)
         packed = {name: pack(value, layout) for name, value in extra.items()}
-        packed.setdefault("position_ids", layout.columns[None])
+        packed.setdefault("position_ids", layout.columns[None].long())
         order = [] if features is None else self._packed_pictures(batch, features)
         outputs = self._language(pack(batch.input_ids, layout), features, order, {**packed, **tree_inputs(layout)})
         # The label at column t is predicted from column t - 1; several branches are predicted from one trunk token.

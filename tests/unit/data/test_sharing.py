@@ -20,7 +20,7 @@ S, I, M, R, E = (  # noqa: E741
 )
 
 
-def _asked(picture: ImageReference, question: list[int], answer: list[int], line: int = 1) -> Example:
+def make_row(picture: ImageReference, question: list[int], answer: list[int], line: int = 1) -> Example:
     """[bos] [picture of 2 tokens] [text] | answer."""
     kinds = [S, M, M, *([I] * len(question))]
     return Example(
@@ -35,7 +35,7 @@ def _asked(picture: ImageReference, question: list[int], answer: list[int], line
 
 @pytest.mark.requirement("H-5")
 def test_examples_about_one_picture_share_what_they_begin_with() -> None:
-    rows = [_asked(CAT, [20, 21], [5, 2], 1), _asked(CAT, [20, 22], [6], 2), _asked(CAT, [20, 21, 23], [7], 3)]
+    rows = [make_row(CAT, [20, 21], [5, 2], 1), make_row(CAT, [20, 22], [6], 2), make_row(CAT, [20, 21, 23], [7], 3)]
     batch = collate(rows)
     assert batch.tree_index.tolist() == [0, 0, 0]
     assert batch.trunk_lengths.tolist() == [4, 4, 4]  # [bos] [picture] 20
@@ -46,21 +46,21 @@ def test_examples_about_one_picture_share_what_they_begin_with() -> None:
 
 def test_a_shared_beginning_holds_whole_equal_pictures() -> None:
     # Equal tokens, but another picture: nothing is shared, as the first token alone is not worth it.
-    batch = collate([_asked(CAT, [20], [5]), _asked(DOG, [20], [5])])
+    batch = collate([make_row(CAT, [20], [5]), make_row(DOG, [20], [5])])
     assert batch.tree_index.tolist() == [0, 1]
     # A picture of another size is another number of tokens; this one would end within the first.
-    longer = replace(_asked(CAT, [20], [5]), trunk=part([1, 9, 9, 9], [S, M, M, M], images=(0,)))
-    assert collate([longer, _asked(CAT, [20], [5])]).tree_index.tolist() == [0, 1]
+    longer = replace(make_row(CAT, [20], [5]), trunk=part([1, 9, 9, 9], [S, M, M, M], images=(0,)))
+    assert collate([longer, make_row(CAT, [20], [5])]).tree_index.tolist() == [0, 1]
     # Pictures that touch have no known border.
     touching = replace(
-        _asked(CAT, [], [5]), trunk=part([1, 9, 9, 9, 9], [S, M, M, M, M], images=(0, 1)), images=(CAT, DOG)
+        make_row(CAT, [], [5]), trunk=part([1, 9, 9, 9, 9], [S, M, M, M, M], images=(0, 1)), images=(CAT, DOG)
     )
     assert collate([touching, touching]).tree_index.tolist() == [0, 1]
 
     # The second picture differs: the trunk ends before it.
     def two(second: ImageReference) -> Example:
         trunk = part([1, 9, 9, 20, 9, 9, 21], [S, M, M, I, M, M, I], images=(0, 1))
-        return replace(_asked(CAT, [], [5]), trunk=trunk, images=(CAT, second))
+        return replace(make_row(CAT, [], [5]), trunk=trunk, images=(CAT, second))
 
     batch = collate([two(DOG), two(CAT)])
     assert batch.tree_index.tolist() == [0, 0] and batch.trunk_lengths.tolist() == [4, 4]
@@ -69,7 +69,7 @@ def test_a_shared_beginning_holds_whole_equal_pictures() -> None:
 def test_examples_join_where_that_saves_tokens() -> None:
     def pair(question: list[int]) -> Example:
         branches = (part([5, 2], [R, E], learned=2), part([6, 2], [R, E], learned=2))
-        return replace(_asked(CAT, question, []), branches=branches, pairs=(Pair(0, 1),))
+        return replace(make_row(CAT, question, []), branches=branches, pairs=(Pair(0, 1),))
 
     # [bos] [picture] once for four answers saves 4 tokens and repeats 2 of each question.
     batch = collate([pair([20, 21]), pair([20, 22])])
@@ -81,14 +81,14 @@ def test_examples_join_where_that_saves_tokens() -> None:
 
 
 def test_equal_examples_share_their_trunks() -> None:
-    batch = collate([_asked(CAT, [20], [5, 2])] * 2)
+    batch = collate([make_row(CAT, [20], [5, 2])] * 2)
     assert batch.trunk_lengths.tolist() == [4, 4] and batch.lengths.tolist() == [6, 6]
 
 
 def test_a_tree_counts_its_trunk_once() -> None:
-    (tree,) = find_trees([_asked(CAT, [20, 21], [5, 2]), _asked(CAT, [22], [6])])
+    (tree,) = find_trees([make_row(CAT, [20, 21], [5, 2]), make_row(CAT, [22], [6])])
     assert (tree.trunk, tree.rows, tree.row_tokens, tree.longest) == (3, 2, 7 + 5, 7)
     assert tree.tokens == 3 + 4 + 2
-    alone = plant(_asked(CAT, [20, 21], [5, 2]))
+    alone = plant(make_row(CAT, [20, 21], [5, 2]))
     assert (alone.trunk, alone.rows, alone.tokens) == (5, 1, 7)
-    assert alone.with_example(_asked(DOG, [20, 21], [5, 2])) is None
+    assert alone.with_example(make_row(DOG, [20, 21], [5, 2])) is None

@@ -16,7 +16,8 @@ from triptych.core.types import IGNORE, Batch
 from triptych.models.components import find_components, tree_obstacle
 from triptych.models.generation import Prompt, generate
 from triptych.models.pictures import make_pictures
-from triptych.models.trees import TREE_ATTENTION, make_layout
+from triptych.models.tree_attention import TREE_ATTENTION
+from triptych.models.trees import make_layout
 from triptych.models.vlm import VlmScorer
 
 EVERY = (*FAMILIES, "llava_clip", "gemma3 narrow")

@@ -1,0 +1,222 @@
+"""Attention of packed trees, behind the name under which transformers calls it.
+
+Three kernels compute the same: on CPUs the causal kernel on stretches and the plain one on branches over their trunk,
+their results merged, so that no mask is read and no key copied; on CUDA devices flex attention; and, for what these
+two do not know (dropout, blocks of picture tokens or a short sliding window on a CPU), attention with a mask in groups.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from triptych.models.trees import TreeLayout
+
+TREE_ATTENTION = "triptych_trees"
+"""Name under which transformers knows the attention function; without trees it is the plain one (`sdpa`)."""
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def use_tree_attention(hf: PreTrainedModel) -> None:
+    """Let the language model of `hf` attend by trees where it is handed a layout; all else stays as it was.
+
+    Recomputation in the backward pass reads the same setting, so it cannot be switched on for a forward pass alone.
+    """
+    hf.set_attn_implementation({"text_config": TREE_ATTENTION})
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    trees: TreeLayout | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of packed trees, in the form that transformers calls; without `trees` its own (`sdpa`).
+
+    Args:
+        query: [1, H, N, D]; `key` and `value` may have fewer heads, each for several of the query's.
+
+    Returns:
+        [1, N, H, D], and no attention weights.
+    """
+    if trees is None:
+        options = {"dropout": dropout, "scaling": scaling, **options}
+        output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return output
+    if options.get("softcap") is not None:
+        raise ValueError("packed trees know no soft-capping of attention scores")
+    dtype = query.dtype
+    if torch.is_autocast_enabled(query.device.type):  # what autocast makes of them, but before they are copied
+        dtype = torch.get_autocast_dtype(query.device.type)
+    states = [item.to(dtype) for item in (query, key, value)]
+    window: int | None = options.get("sliding_window")
+    if window is not None and window >= trees.longest:
+        window = None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if dropout == 0 and query.device.type == "cuda":
+        return flexible(states, trees, window, scale), None
+    packed = [item[0].transpose(0, 1) for item in states]
+    if dropout == 0 and query.device.type == "cpu" and window is None and trees.blocks is None:
+        merged: Tensor = _Merged.apply(*packed, trees, scale)
+        return merged[None], None
+    return grouped(packed, trees, window, dropout, scale)[None], None
+
+
+class _Merged(torch.autograd.Function):
+    """Every token over its own stretch, in causal order; branches over their trunks too.
+
+    Softmax over two sets of keys is the mean of the softmax over each, weighted by the sums of their exponentials. The
+    gradients of each part follow from the joined output and the joined sum, as in the backward pass of flash attention
+    (Dao et al. 2022, arXiv 2205.14135, section 3.1).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        context: Any, query: Tensor, key: Tensor, value: Tensor, trees: TreeLayout, scale: float
+    ) -> Tensor:
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        total = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+        for part in trees.stretches:
+            index, real = part.index, part.is_real
+            own, logsum = _flash(*(_heads(item[index]) for item in (query, key, value)), 0.0, True, scale=scale)
+            output[_chosen(index, real)] = _chosen(own.transpose(1, 2), real)
+            total[_chosen(index, real)] = _chosen(logsum.transpose(1, 2), real).to(total.dtype)
+        for start, middle, stop in trees.forks:
+            trunk = (key[start:middle], value[start:middle])
+            far, logsum = _flash(*(_heads(item[None]) for item in (query[middle:stop], *trunk)), scale=scale)
+            near, both = total[middle:stop], torch.logaddexp(total[middle:stop], logsum[0].T.to(total.dtype))
+            share = (near - both).exp()[..., None]
+            output[middle:stop] = torch.lerp(
+                far[0].transpose(0, 1).to(total.dtype), output[middle:stop].to(total.dtype), share
+            )
+            total[middle:stop] = both
+        context.save_for_backward(query, key, value, output, total)
+        context.trees, context.scale = trees, scale
+        return output
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, output, total = context.saved_tensors
+        gradients = [torch.zeros_like(item, memory_format=torch.contiguous_format) for item in (query, key, value)]
+        for part in context.trees.stretches:
+            index, real = part.index, part.is_real
+            ahead = gradient[index]
+            if real is not None:  # nothing behind the end of a stretch is a token of it
+                ahead = ahead * real[..., None, None]
+            parts = _flash_backward(
+                _heads(ahead),
+                *(_heads(item[index]) for item in (query, key, value, output)),
+                _heads(total[index]),
+                0.0,
+                True,
+                scale=context.scale,
+            )
+            for whole, own in zip(gradients, parts, strict=True):
+                whole[_chosen(index, real)] = _chosen(own.transpose(1, 2), real)
+        for start, middle, stop in context.trees.forks:
+            parts = _flash_backward(
+                _heads(gradient[None, middle:stop]),
+                _heads(query[None, middle:stop]),
+                *(_heads(item[None, start:middle]) for item in (key, value)),
+                _heads(output[None, middle:stop]),
+                _heads(total[None, middle:stop]),
+                0.0,
+                False,
+                scale=context.scale,
+            )
+            places = (slice(middle, stop), slice(start, middle), slice(start, middle))
+            for whole, part, place in zip(gradients, parts, places, strict=True):
+                whole[place] += part[0].transpose(0, 1)
+        return (*gradients, None, None)
+
+
+def _heads(states: Tensor) -> Tensor:
+    """[G, L, H, ...] -> [G, H, L, ...]."""
+    return states.transpose(1, 2)
+
+
+def _chosen(values: Tensor, is_real: Tensor | None) -> Tensor:
+    return values if is_real is None else values[is_real]
+
+
+def grouped(states: list[Tensor], trees: TreeLayout, window: int | None, dropout: float, scale: float) -> Tensor:
+    """Attention with masks, group by group. [N, H, D] from query, key and value of that shape."""
+    outputs = []
+    for number, group in enumerate(trees.groups):
+        parts = [states[0][group.queries], states[1][group.keys], states[2][group.keys]]
+        mask = trees.mask(number, window, states[0].dtype)
+        outputs.append(_attend([_heads(part) for part in parts], mask, dropout, scale))
+    return torch.cat(outputs)[trees.order]
+
+
+def _attend(states: list[Tensor], mask: Tensor | None, dropout: float, scale: float) -> Tensor:
+    """[G * Q, H, D]."""
+    query, key, value = states
+    repeats = query.shape[1] // key.shape[1]
+    # With a mask, only the CPU has a kernel for fewer key heads.
+    has_kernel = mask is None or query.device.type == "cpu"
+    if repeats > 1 and not has_kernel:
+        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    joined = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=repeats > 1 and has_kernel,
+    )
+    return joined.transpose(1, 2).flatten(0, 1)
+
+
+def flexible(states: list[Tensor], trees: TreeLayout, window: int | None, scale: float) -> Tensor:
+    """Attention over blocks of the packed row that hold anything to see. [1, N, H, D] from [1, H, N, D]."""
+    query, key, value = states
+    output: Tensor = _flex(query.device.type)(
+        query,
+        key,
+        value,
+        block_mask=block_mask(trees, window),
+        scale=scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+    ).transpose(1, 2)
+    return output
+
+
+def block_mask(trees: TreeLayout, window: int | None) -> BlockMask:
+    """What of the packed row each token sees, for flex attention; made once for all layers of a kind."""
+    key = "flex", window
+    if key not in trees.masks:
+        size, device = len(trees.tokens), trees.tokens.device
+
+        def sees(batch: Tensor, head: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+            return trees.sees(queries, keys, window)
+
+        trees.masks[key] = create_block_mask(sees, None, None, size, size, device=device)
+    mask: BlockMask = trees.masks[key]
+    return mask
+
+
+@cache
+def _flex(device_type: str) -> Any:
+    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
+
+
+AttentionInterface.register(TREE_ATTENTION, tree_attention)
+AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)

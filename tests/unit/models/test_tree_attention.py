@@ -1,0 +1,137 @@
+"""The kernels of packed trees against attention written out token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.data.test_sharing import make_row
+from triptych.core.types import ImageReference
+from triptych.data.collate import collate
+from triptych.models.tree_attention import flexible, grouped, tree_attention
+from triptych.models.trees import TreeLayout, make_layout
+
+PICTURES = [ImageReference(path=f"/{number}.png") for number in range(3)]
+SCALE = 0.3
+
+
+def layout(blocks: bool = False) -> TreeLayout:
+    """A tree of three rows, one of two equal rows, and rows by themselves of like and unlike lengths."""
+    rows = [
+        make_row(PICTURES[0], [20, 21, 22], [5, 6, 7]),
+        make_row(PICTURES[0], [20, 21, 23], [5]),
+        make_row(PICTURES[0], [20, 24, 25, 26, 27], [5, 6, 7, 8]),
+        *[make_row(PICTURES[1], [20, 21], [5])] * 2,
+        make_row(PICTURES[2], list(range(30, 50)), [5]),
+        make_row(PICTURES[0], list(range(30, 48)), [6]),
+        make_row(PICTURES[1], [31], [7]),
+    ]
+    batch = collate(rows)
+    assert batch.tree_index.tolist() == [0, 0, 0, 1, 1, 2, 3, 4]
+    return make_layout(batch, 9 if blocks else None)
+
+
+def states(trees: TreeLayout, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Query of 4 heads, key and value of 2."""
+    generator = torch.Generator().manual_seed(1)
+    size = len(trees.tokens)
+    return [torch.randn(1, heads, size, 8, dtype=dtype, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+
+
+def written_out(states: list[Tensor], trees: TreeLayout, window: int | None) -> Tensor:
+    """softmax(q k^T) v over what each token may see, from the rows themselves."""
+    query, key, value = states
+    key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+    size = len(trees.tokens)
+    sees = torch.zeros(size, size, dtype=torch.bool)
+    for row in trees.places.tolist():
+        row = row[: max(index for index, place in enumerate(row) if place or not index) + 1]
+        for column, token in enumerate(row):
+            for other, seen in enumerate(row):
+                is_block = trees.blocks is not None and trees.blocks[token] == trees.blocks[seen] >= 0
+                is_near = window is None or column - other < window
+                sees[token, seen] |= (other <= column or bool(is_block)) and is_near
+    scores = (query @ key.transpose(2, 3) * SCALE).masked_fill(~sees, -math.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def as_transformers(states: list[Tensor], trees: TreeLayout, window: int | None) -> Tensor:
+    module = torch.nn.Identity()
+    return tree_attention(module, *states, None, trees=trees, scaling=SCALE, sliding_window=window)[0]
+
+
+def in_groups(states: list[Tensor], trees: TreeLayout, window: int | None) -> Tensor:
+    return grouped([item[0].transpose(0, 1) for item in states], trees, window, 0.0, SCALE)[None]
+
+
+@pytest.mark.parametrize("attend", [as_transformers, in_groups])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_output_and_gradients_equal_attention_written_out(
+    attend: Callable[[list[Tensor], TreeLayout, int | None], Tensor], window: int | None, blocks: bool
+) -> None:
+    trees = layout(blocks)
+    inputs = states(trees)
+    weights = torch.randn(1, len(trees.tokens), 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = written_out(inputs, trees, window)
+    wanted = torch.autograd.grad((expected * weights).sum(), inputs)
+    found = attend(inputs, trees, window)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad((found * weights).sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")  # flex attention without compilation says so
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_flex_attention_sees_the_same(window: int | None, blocks: bool) -> None:
+    trees = layout(blocks)
+    inputs = [item.detach() for item in states(trees)]
+    found = flexible(inputs, trees, window, SCALE)
+    torch.testing.assert_close(found, written_out(inputs, trees, window), rtol=1e-12, atol=1e-12)
+    assert flexible(inputs, trees, window, SCALE) is not found and len(trees.masks) == 1
+
+
+def test_stretches_hold_every_token_once_and_little_padding() -> None:
+    trees = layout()
+    places = torch.cat(
+        [part.index.flatten() if part.is_real is None else part.index[part.is_real] for part in trees.stretches]
+    )
+    assert sorted(places.tolist()) == list(range(len(trees.tokens)))
+    assert any(part.is_real is not None for part in trees.stretches)
+    for part in trees.stretches:
+        assert part.is_real is None or float(part.is_real.double().mean()) >= 0.8
+    assert trees.forks == ((0, 4, 20),)  # equal rows have nothing behind their trunk
+
+
+def test_bfloat16_under_autocast_is_near_float64() -> None:
+    trees = layout()
+    inputs = states(trees, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = as_transformers(inputs, trees, None)
+    assert found.dtype == torch.bfloat16
+    exact = [item.detach().double().requires_grad_() for item in inputs]
+    expected = written_out(exact, trees, None)
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
+    wanted = torch.autograd.grad(expected.sum(), exact)
+    for ours, theirs in zip(torch.autograd.grad(found.float().sum(), inputs), wanted, strict=True):
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm()
+
+
+def test_dropout_is_applied() -> None:
+    trees = layout()
+    inputs = states(trees)
+    torch.manual_seed(0)
+    module = torch.nn.Identity()
+    dropped = tree_attention(module, *inputs, None, trees=trees, scaling=SCALE, dropout=0.5)[0]
+    assert not torch.allclose(dropped, as_transformers(inputs, trees, None))
+
+
+def test_capped_scores_are_refused() -> None:
+    trees = layout()
+    with pytest.raises(ValueError, match="soft-capping"):
+        tree_attention(torch.nn.Identity(), *states(trees), None, trees=trees, softcap=30.0)
