@@ -172,3 +172,15 @@ class PictureProcessor(Protocol):
     def pixels(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
         """Vision inputs for RGB pictures, in order, by the model's own argument names."""
         ...
+
+
+class FeatureStore(Protocol):
+    """Keeps what a frozen vision tower makes of pictures."""
+
+    def get(self, key: str) -> Mapping[str, Tensor] | None:
+        """The tensors of a picture, on the CPU; None where it is not known."""
+        ...
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Remember a picture, where there is room."""
+        ...

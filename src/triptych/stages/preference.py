@@ -26,7 +26,8 @@ def build_preference(recipe: PreferenceRecipe) -> Built:
         if recipe.evaluation is None:
             return []
         held_out = open_datasets(recipe.evaluation.data)
-        source = make_held_out_loader(held_out, encode, vlm.loaded.pictures, recipe.evaluation.batch)
+        store = vlm.scorer.vision.store
+        source = make_held_out_loader(held_out, encode, vlm.loaded.pictures, recipe.evaluation.batch, store)
         return [HeldOutLoss(scorer, objective, source, reference, runtime)]
 
     return vlm_stage(

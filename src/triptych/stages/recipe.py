@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -96,6 +97,17 @@ class StageRecipe(Config):
     """Type of the weights in memory; float32 is the safe choice for training them."""
 
 
+class FeaturesConfig(Config):
+    """Whether what a frozen vision tower makes of pictures is kept on disk, so that each goes through it once."""
+
+    keep: Literal["auto", "always", "never"] = "auto"
+    """`auto`: where pictures come twice, or were kept by an earlier run, and reading is faster than computing."""
+    folder: Path | None = None
+    """Where; several runs with the same tower may share a folder. Default: `features` in the folder of the run."""
+    limit_gib: float = Field(default=20.0, gt=0)
+    """Nothing is added once the folder of a tower holds this much."""
+
+
 class VlmRecipe(StageRecipe):
     """Keys of the stages that train a vision-language model."""
 
@@ -110,6 +122,8 @@ class VlmRecipe(StageRecipe):
     trees: bool = True
     """Compute what rows about one picture have in common once, and no padding. The result is the same up to rounding;
     `false` expands them to padded rows, as families do whose attention is not known."""
+    features: FeaturesConfig = FeaturesConfig()
+    """What is kept of pictures where the vision tower is frozen."""
 
 
 class TuneRecipe(VlmRecipe):
