@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from triptych.core.config import Config
@@ -62,6 +63,8 @@ class Built:
     after_step: Callable[[], None] | None = None
     show_answers: Callable[[str], None] = field(default=lambda title: None)
     """Print some held-out answers, on the main rank; called before and after training on every rank."""
+    prepare: Callable[[Runtime, Console], None] = field(default=lambda runtime, console: None)
+    """What is computed once before training, on every rank; the scorer is not wrapped yet."""
     lint: Callable[[], list[Problem]] = field(default=list)
     """Look for faults of the conversation template itself."""
 

@@ -44,6 +44,10 @@ PairDataset = Annotated[DatasetConfig, AfterValidator(_require_pairs)]
 """A data set whose rows are preferences."""
 
 
+ReferenceKind = Literal["precomputed", "frozen", "adapter_off"]
+"""Where the numbers of a reference model come from."""
+
+
 class EvaluationConfig(Config):
     """What is measured on rows that are not trained on."""
 
@@ -148,9 +152,11 @@ class PreferenceRecipe(VlmRecipe):
     """What is minimised."""
     evaluation: PreferenceEvaluationConfig | None = None
     """Held-out measurements during training and at the end."""
-    reference: Literal["auto", "frozen", "adapter_off"] = "auto"
-    """The model to stay near: a frozen copy, or the policy with its adapters switched off (no second copy). `auto`:
-    adapter_off where adapters are all that trains."""
+    reference: ReferenceKind | Literal["auto"] = "auto"
+    """Where the log-probabilities of the model to stay near come from: `precomputed` once for every row before training
+    and kept on disk, so that steps pay for one model only; from a `frozen` copy; or from the policy with its adapters
+    switched off (`adapter_off`). `auto`: precomputed where every row is used, else adapter_off where adapters are all
+    that trains, else frozen."""
 
 
 class ContrastiveRecipe(StageRecipe):

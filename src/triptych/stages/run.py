@@ -59,6 +59,7 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
         write_facts(built, output)
     barrier()
     store = open_store(recipe, built, runtime, console, is_new=is_new)
+    built.prepare(runtime, console)
     trainer = make_trainer(recipe, built, runtime, output, store)
     if is_new:
         built.show_answers("before training")

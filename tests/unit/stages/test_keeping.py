@@ -85,7 +85,7 @@ def test_auto_keeps_where_pictures_come_twice_and_reading_is_faster(
 
 
 class _Clock:
-    """Instants that the probe sees: its first pictures are computed, then read; after that real time does not matter."""
+    """Instants that the probe sees: its pictures are computed, then read; after that the time does not matter."""
 
     def __init__(self, computing: float, reading: float) -> None:
         self._steps = [computing] * (keeping.PROBED + 1) + [reading] * (keeping.PROBED + 1)
