@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,10 @@ from torch import Tensor, nn
 from benchmarks import ours, peers
 from benchmarks.models import FULL, Scale, build_model, make_example
 from benchmarks.timing import Way
-from triptych.core.types import Batch, Example
+from triptych.core.types import Batch, Example, PictureInput
 from triptych.data.collate import collate
 from triptych.models.components import find_components
+from triptych.models.features import FeatureCache
 from triptych.models.vlm import VlmScorer
 
 
@@ -66,6 +69,40 @@ def sft_full_196_trl(setting: Setting) -> Row:
     )
 
 
+def align_196(setting: Setting) -> Row:
+    """Two passes over four pictures, the connector alone trained: the tower's states are kept in the first."""
+    model, scorer, batch = _sft(setting)
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    scorer.train()
+    assert batch.pixels is not None
+    new = [
+        PictureInput(str(key), {"pixel_values": item[None]}) for key, item in enumerate(batch.pixels["pixel_values"])
+    ]
+
+    def step(inputs: list[PictureInput]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+            loss = ours.supervised(scorer, replace(batch, pixels=None, picture_inputs=tuple(inputs)))
+        loss.backward()
+        return loss.detach()
+
+    def both() -> Tensor:
+        with TemporaryDirectory() as folder:
+            scorer.vision.store = store = FeatureCache(Path(folder))
+            first = step(new)
+            store.flush()
+            known = FeatureCache(Path(folder))
+            return first + step([PictureInput(item.key, features=known.get(item.key)) for item in new])
+
+    peer, trainer = peers.hugging_face_trainer(model, batch, setting.bf16)
+    return Row(
+        Way("ours", both, model, _optimizer(model)),
+        Way("peer", lambda: peer() + peer(), model, trainer.create_optimizer()),
+        "transformers.Trainer.training_step: padded, attention mask, logits of every position",
+        unit="seconds for two steps",
+    )
+
+
 def sft_tree8_576(setting: Setting) -> Row:
     """Eight questions of 28 tokens with answers of 32 about one picture of 576 tokens."""
     generator = torch.Generator().manual_seed(1)
@@ -112,6 +149,7 @@ ROWS: Mapping[str, Build] = {
     "sft_full_196": sft_full_196,
     "sft_full_196_trl": sft_full_196_trl,
     "sft_tree8_576": sft_tree8_576,
+    "align_196": align_196,
     "dpo_196": _dpo(196, full_logits=False),
     "dpo_576": _dpo(576, full_logits=False),
     "dpo_576_full": _dpo(576, full_logits=True),
@@ -136,5 +174,9 @@ def _way(name: str, model: nn.Module, setting: Setting, loss: Callable[[], Tenso
         value.backward()
         return value.detach()
 
+    return Way(name, run, model, _optimizer(model))
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Way(name, run, model, torch.optim.AdamW(trained, lr=0.0, fused=True))
+    return torch.optim.AdamW(trained, lr=0.0, fused=True)
