@@ -30,6 +30,8 @@ from triptych.engine.window import Feed, Tally, plan_window
 
 _STEP = 1.05
 """A budget that would grow by less is not measured."""
+_APART = 0.75
+"""Two passes tell how memory grows when one has at most this share of the other's tokens."""
 _PREFETCHED = 1
 """Batches whose pixels a source may hold ready beside that of the pass."""
 
@@ -170,17 +172,17 @@ def climb(lengths: Sequence[int], measure: Callable[[int], int], room: Room) -> 
             raise TooLargeError(lengths[place], expected, is_measured=False)
 
 
-def grow(first: Point, largest: int, measure: Callable[[int], Point], room: Room) -> tuple[int, list[Point]]:
+def grow(start: Sequence[Point], largest: int, measure: Callable[[int], Point], room: Room) -> tuple[int, list[Point]]:
     """The largest budget whose measured pass stays within its room, and all passes that did.
 
     No pass computes more than twice the tokens of the one before it, or is expected to leave its room.
 
     Args:
-        first: a measured pass within its room; its tokens are the smallest budget.
+        start: passes measured within their room, ascending; the tokens of the last are the smallest budget.
         largest: budget that no micro-batch can exceed.
-        measure: budget -> the largest pass that it allows, at least `first.tokens`.
+        measure: budget -> the largest pass that it allows.
     """
-    budget, points = first.tokens, [first]
+    budget, points = start[-1].tokens, list(start)
     while budget < largest:
         highest = min(2 * points[-1].tokens, largest)
         choices = range(budget + 1, highest + 1)
@@ -200,15 +202,17 @@ def predict(points: Sequence[Point], tokens: int) -> float:
     """Bytes that a pass over more tokens than the last point's adds at most, if growth is linear or quadratic.
 
     Memory is a + b n + c n^2 in the number n of tokens, c for attention that keeps its scores. With none of them
-    negative, growth is at most that of a + c n^2 through the last two points. A single point tells nothing of c.
+    negative, growth is at most that of a + c n^2 through the last point and an earlier one. A single point tells
+    nothing of c.
 
     Args:
         points: measured, in the order of their tokens.
     """
     last = points[-1]
     growth = last.added * (tokens / last.tokens - 1)
-    if len(points) > 1:
-        before = points[-2]
-        squares = (tokens**2 - last.tokens**2) / (last.tokens**2 - before.tokens**2)
-        growth = max(growth, (last.added - before.added) * squares)
+    # What lies close to the last differs from it by chance.
+    apart = [point for point in points if point.tokens <= _APART * last.tokens]
+    if apart:
+        squares = (tokens**2 - last.tokens**2) / (last.tokens**2 - apart[-1].tokens ** 2)
+        growth = max(growth, (last.added - apart[-1].added) * squares)
     return last.added + growth

@@ -118,13 +118,15 @@ def find_tokens(recipe: StageRecipe, built: Built, runtime: Runtime, scorer: nn.
     with untouched_run(scorer):
         ascending = rows[::-1]
         try:
-            climb([passes.cost([row]) for row in ascending], lambda place: passes.measure([ascending[place]]), room)
+            lengths = [passes.cost([row]) for row in ascending]
+            singles = climb(lengths, lambda place: passes.measure([ascending[place]]), room)
             first = passes.measure_budget(passes.cost([longest]))
             if first.added > room.passes:
                 raise TooLargeError(first.tokens, first.added, is_measured=True)
         except TooLargeError as error:
             raise _no_room(longest, built.packed, room, error) from error
-        tokens, points = grow(first, passes.cost([longest] * share), passes.measure_budget, room)
+        start = [*singles[:-1], first]
+        tokens, points = grow(start, passes.cost([longest] * share), passes.measure_budget, room)
     added = max(point.added for point in points)
     measured = tuple((point.tokens, point.added) for point in points)
     return Found(tokens, added, room.reserved, room.limit, room.available, measured)
