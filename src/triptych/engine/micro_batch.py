@@ -28,8 +28,10 @@ from triptych.engine.state import untouched_modes, untouched_random_state
 from triptych.engine.step import run_micro_batch
 from triptych.engine.window import Feed, Tally, plan_window
 
-_STEP = 1.05
-"""A budget that would grow by less is not measured."""
+MARGIN = 0.9
+"""Share of the room that measured passes may fill: a heap in use for many steps holds a little more than one pass."""
+_STEP = 1.1
+"""A pass that would grow by less is not measured."""
 _APART = 0.75
 """Two passes tell how memory grows when one has at most this share of the other's tokens."""
 _PREFETCHED = 1
@@ -67,7 +69,7 @@ class Room:
     @property
     def passes(self) -> int:
         """Bytes that the pass of a micro-batch may add; negative where not even the rest has room."""
-        return self.limit - self.reserved
+        return math.floor(MARGIN * (self.limit - self.reserved))
 
 
 class TooLargeError(Exception):
@@ -187,7 +189,8 @@ def grow(start: Sequence[Point], largest: int, measure: Callable[[int], Point], 
         highest = min(2 * points[-1].tokens, largest)
         choices = range(budget + 1, highest + 1)
         fitting = bisect.bisect_right(choices, room.passes, key=lambda tokens: math.ceil(predict(points, tokens)))
-        if budget + fitting < min(_STEP * budget, largest):
+        # Whole rows may fill less than the budget before: what counts is the growth of what is computed.
+        if fitting == 0 or budget + fitting < min(_STEP * points[-1].tokens, largest):
             break
         point = measure(budget + fitting)
         if point.added > room.passes:

@@ -20,10 +20,12 @@ from triptych.data.images import decode, read_encoded
 from triptych.data.loader import LoaderConfig
 from triptych.data.packing import Budget, Load
 from triptych.data.sharing import Tree, find_trees, plant
+from triptych.engine.checkpoint import Checkpoints
+from triptych.engine.lock import locked
 from triptych.engine.memory import gibibytes
 from triptych.engine.micro_batch import Meter, Point, Room, TooLargeError, climb, find_room, grow, untouched_run
 from triptych.engine.parallel import Runtime
-from triptych.stages.build import Built, make_loader, make_mixture, settled
+from triptych.stages.build import Built, make_loader, make_mixture, resolved, settled
 from triptych.stages.recipe import StageRecipe
 
 MICRO_BATCH = "micro_batch.json"
@@ -32,7 +34,7 @@ PLANNED = "micro-batch: auto, its tokens are measured when the run begins"
 """What is said where nothing is measured yet."""
 SAMPLE = 256
 """Rows that are looked at for the longest ones."""
-_NOISE = 32 * 2**20
+_NOISE = 16 * 2**20
 """Bytes by which two measurements may differ by chance."""
 
 
@@ -73,7 +75,9 @@ def settle_loader(
         is_new: the run has no checkpoint.
 
     Raises:
-        TrainingError: a row alone needs more memory than `train.memory_limit` allows.
+        TrainingError: a row alone needs more memory than `train.memory_limit` allows, or another process trains into
+            the folder.
+        CheckpointError: the folder holds checkpoints of another recipe, and no number.
     """
     if recipe.loader.micro_batch != "auto":
         return recipe.loader, None
@@ -82,10 +86,16 @@ def settle_loader(
     if found is not None:
         console.print(f"micro-batch: {found.tokens:,} tokens, as measured when the run began", highlight=False)
         return settled(recipe.loader, found.tokens), found
-    found = find_tokens(recipe, built, runtime, scorer)
-    if is_main():
-        _write(file, found)
-    barrier()
+    if not is_new:
+        # Before anything is written: the checkpoints may be those of another recipe.
+        Checkpoints(file.parent / "checkpoints", resolved(recipe), recipe.train.keep_last).resumable()
+        console.print(f"{file} is gone: measured again, so the run may go on with other roundings", soft_wrap=True)
+    # A run that another process has begun keeps its number.
+    with locked(file.parent):
+        found = find_tokens(recipe, built, runtime, scorer)
+        if is_main():
+            _write(file, found)
+        barrier()
     console.print(str(found), highlight=False, soft_wrap=True)
     return settled(recipe.loader, found.tokens), found
 
@@ -209,7 +219,7 @@ class Passes:
         if len(filled[0]) > 1:
             worst = max(added)
             self._kinds = [
-                kind for kind, bytes_ in zip(self._kinds, added, strict=True) if bytes_ + _NOISE > 0.7 * worst
+                kind for kind, bytes_ in zip(self._kinds, added, strict=True) if bytes_ + _NOISE > 0.9 * worst
             ]
         return point
 

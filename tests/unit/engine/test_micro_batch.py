@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tests.invariants.toys import OBJECTIVES, ToyScorer, ToySource, gradients, runtime, toy_batch
 from triptych.core.types import Batch, Scores
 from triptych.engine.micro_batch import (
+    MARGIN,
     Meter,
     Point,
     Room,
@@ -31,7 +33,9 @@ MIB = 2**20
 
 def room(passes: int, available: int | None = None) -> Room:
     """Memory of which `passes` may be used, with 30 bytes reserved."""
-    return Room(available=available or 2 * passes + 30, limit=passes + 30, gradients=10, optimizer=20)
+    result = Room(available or 2 * passes + 30, math.ceil(passes / MARGIN) + 30, gradients=10, optimizer=20)
+    assert passes - 1 <= result.passes <= passes + 1
+    return result
 
 
 class Curve:
@@ -53,7 +57,7 @@ class Curve:
 def test_linear_memory_is_used_almost_whole_in_doubling_steps() -> None:
     curve = Curve(1000, 10)
     tokens, points = grow([curve.point(50), curve.point(100)], 10**6, curve.point, room(50_000))
-    assert curve.at(tokens) <= 50_000 < 1.1 * curve.at(tokens)
+    assert curve.at(tokens) <= 50_000 < 1.15 * curve.at(tokens)
     assert points[-1] == Point(tokens, curve.at(tokens))  # what is adopted was measured itself
     assert curve.measured[:4] == [50, 100, 200, 400]
     assert all(following <= 2 * before for before, following in zip(curve.measured, curve.measured[1:], strict=False))
@@ -67,10 +71,10 @@ def test_no_pass_leaves_its_room_whatever_grows(
     space = int(factor * curve.at(first)) + 1
     start = [curve.point(max(1, first // 2)), curve.point(first)]
     tokens, points = grow(start, 10_000, curve.point, room(space))
-    assert all(curve.at(count) <= space + 2 for count in curve.measured)  # 2 for whole bytes
+    assert all(curve.at(count) <= space + 3 for count in curve.measured)  # 3 for whole bytes
     assert tokens >= first and points[-1].tokens == tokens
     if quadratic == 0 and tokens < 10_000 and space > 100:
-        assert curve.at(tokens) >= 0.8 * space or curve.at(int(1.06 * tokens)) >= 0.8 * space
+        assert curve.at(tokens) >= 0.8 * space or curve.at(math.ceil(1.1 * tokens)) >= 0.8 * space
 
 
 def test_growth_ends_where_a_step_holds_no_more() -> None:
@@ -187,7 +191,7 @@ def test_a_pass_of_known_memory_is_measured() -> None:
     meter.measure(small)
     for batch in (small, large, small):
         expected = int(batch.lengths.sum()) * MIB
-        assert meter.measure(batch) == pytest.approx(expected, rel=0.05, abs=2 * MIB)
+        assert meter.measure(batch) == pytest.approx(expected, rel=0.1, abs=8 * MIB)
 
 
 def test_a_budget_is_found_on_known_memory() -> None:
@@ -202,7 +206,7 @@ def test_a_budget_is_found_on_known_memory() -> None:
     meter.measure(row)
     tokens, points = grow([measure(tokens_of_row)], 10**4, measure, room(150 * MIB))
     assert points[-1].added <= 150 * MIB
-    assert 150 - 2 * tokens_of_row < points[-1].tokens <= 150 and tokens >= points[-1].tokens
+    assert 150 - 3 * tokens_of_row < points[-1].tokens < 160 and tokens >= points[-1].tokens
 
 
 def test_pixels_that_a_source_holds_ready_count() -> None:
@@ -243,7 +247,7 @@ def test_gradients_and_two_running_means_are_reserved() -> None:
     scorer = KnownScorer()
     found = find_room(scorer, runtime(), "1 GiB")
     assert (found.gradients, found.optimizer, found.limit) == (12, 24, 2**30)
-    assert found.passes == 2**30 - 36
+    assert found.passes == int(MARGIN * (2**30 - 36))
     scorer.to(torch.bfloat16)  # state in single precision all the same
     assert find_room(scorer, runtime(), 0.5).reserved == 6 + 24
     assert find_room(scorer, runtime(), 0.5).limit == pytest.approx(found.available / 2, rel=0.1)

@@ -19,6 +19,7 @@ from tests.recipes.tiny_recipes import RECIPES, Files, tune
 from triptych.core.types import Batch, ImageReference
 from triptych.data.packing import Budget
 from triptych.data.sharing import Tree, plant
+from triptych.engine.lock import locked
 from triptych.engine.micro_batch import Meter
 from triptych.stages.build import Built
 from triptych.stages.micro_batch import Passes, fill, sample_rows
@@ -109,9 +110,26 @@ def test_a_run_resumes_with_the_number_it_began_with(
     again = outcome(run)
     assert all(same(value, again[name]) for name, value in whole.items())
 
+    (run / "micro_batch.json").unlink()
+    refused = triptych("train", file, "lr=0.5")
+    assert refused.status == 1 and "the recipe changed: lr" in refused.err and not a_mebibyte_a_token
+    again = train(file, "train.memory_limit=200 MiB")
+    assert "micro_batch.json is gone: measured again" in again.out and "measured to add" in said(again)[0]
+
+    a_mebibyte_a_token.clear()
     shutil.rmtree(run / "checkpoints")
     assert "measured to add" in said(train(file, "train.memory_limit=0.5"))[0]  # it begins anew
     assert a_mebibyte_a_token
+
+
+def test_a_run_that_another_process_has_begun_keeps_its_number(
+    files: Files, tmp_path: Path, a_mebibyte_a_token: list[int]
+) -> None:
+    file = recipe(files, tmp_path)
+    with locked(tmp_path / "run"):
+        done = triptych("train", file)
+    assert done.status == 1 and "another process" in done.err
+    assert not a_mebibyte_a_token and not (tmp_path / "run" / "micro_batch.json").exists()
 
 
 def test_no_pass_computes_more_than_twice_the_one_before(
