@@ -77,7 +77,7 @@ def _take_step(way: Way) -> tuple[float, int, bool]:
     way.model.zero_grad(set_to_none=True)
     gc.collect()
     _give_back()
-    is_disturbed = not _wait_until_quiet()
+    is_disturbed = not wait_until_quiet()
     with PeakMemory() as memory:
         start = time.perf_counter()
         way.run()
@@ -123,7 +123,8 @@ class PeakMemory:
         self._peak = max(self._peak, self._process.memory_info().rss)
 
 
-def _wait_until_quiet() -> bool:
+def wait_until_quiet() -> bool:
+    """Whether other processes left the processors alone within `PATIENCE`."""
     end = time.monotonic() + PATIENCE
     own = psutil.Process()
     count = psutil.cpu_count() or 1
