@@ -189,3 +189,15 @@ class PictureProcessor(Protocol):
                 the shape, and so the number of tokens, of the stored picture. None: the sizes they have.
         """
         ...
+
+
+class FeatureStore(Protocol):
+    """Keeps what a frozen vision tower makes of pictures."""
+
+    def get(self, key: str) -> Mapping[str, Tensor] | None:
+        """The tensors of a picture, on the CPU; None where it is not known."""
+        ...
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Remember a picture, where there is room."""
+        ...

@@ -226,6 +226,26 @@ class Example:
 
 
 @dataclass(frozen=True)
+class PictureInput:
+    """One picture of a batch where the states of a frozen tower are kept; either pixels or features."""
+
+    key: str
+    """Digest of the picture's encoded bytes."""
+    pixels: Mapping[str, Tensor] | None = None
+    """Vision inputs of this picture alone, by the model's own argument names."""
+    features: Mapping[str, Tensor] | None = None
+    """What the store kept of it."""
+
+    def to(self, device: torch.device | str) -> PictureInput:
+        """Return it with every tensor on `device`."""
+
+        def moved(tensors: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+            return tensors and {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+
+        return PictureInput(self.key, moved(self.pixels), moved(self.features))
+
+
+@dataclass(frozen=True)
 class Batch:
     """A micro-batch: trees expanded to rows, right-padded. Light until `pixels` is attached."""
 
@@ -266,6 +286,8 @@ class Batch:
     """name -> [R] float32; NaN where a row lacks the fact."""
     pixels: Mapping[str, Tensor] | None = None
     """Vision inputs of `images` in order, by the model's own argument names; None while the batch is light."""
+    picture_inputs: tuple[PictureInput, ...] | None = None
+    """Instead of `pixels`, for each of `images`, where the states of a frozen tower are kept."""
     is_padding: bool = False
     """True for a batch that only keeps this rank in step with the others; its loss counts nothing."""
 
@@ -311,6 +333,8 @@ class Batch:
                 moved[item.name] = value.to(device, non_blocking=True)
             elif isinstance(value, Mapping):
                 moved[item.name] = {key: tensor.to(device, non_blocking=True) for key, tensor in value.items()}
+        if self.picture_inputs is not None:
+            moved["picture_inputs"] = tuple(item.to(device) for item in self.picture_inputs)
         return replace(self, **moved)  # type: ignore[arg-type]
 
 

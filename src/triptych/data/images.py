@@ -173,9 +173,12 @@ def picture_key(reference: ImageReference) -> str:
     """Digest of a picture's encoded bytes.
 
     Raises:
-        OSError: its file cannot be read.
+        DataError: its file cannot be read.
     """
-    return hashlib.blake2b(read_encoded(reference), digest_size=16).hexdigest()
+    try:
+        return hashlib.blake2b(read_encoded(reference), digest_size=16).hexdigest()
+    except OSError as error:
+        _refuse(f"picture {describe(reference)} cannot be read: {error}", "check the file and its rights", error)
 
 
 def describe(reference: ImageReference) -> str:

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -29,11 +28,11 @@ from torch import Tensor
 from triptych.core.config import Config
 from triptych.core.errors import CheckpointError, DataError, Problem
 from triptych.core.pixels import join_pixels
-from triptych.core.protocols import PictureProcessor
-from triptych.core.types import Batch, Example, ImageReference, Origin, Sample, Window
+from triptych.core.protocols import FeatureStore, PictureProcessor
+from triptych.core.types import Batch, Example, ImageReference, Origin, PictureInput, Sample, Window
 from triptych.data.collate import blank_example, collate, make_padding
 from triptych.data.decoders import Decoders
-from triptych.data.images import decode, decode_reduced
+from triptych.data.images import decode, decode_reduced, picture_key
 from triptych.data.mixture import Mixture
 from triptych.data.packing import Budget, split_examples
 from triptych.data.row_report import RowReport
@@ -128,9 +127,9 @@ class Loader:
         encode: Callable[[Sample], Example],
         pictures: PictureProcessor | None,
         config: LoaderConfig,
-        rank: int = 0,
-        world_size: int = 1,
+        share: tuple[int, int] = (0, 1),
         packed: bool = True,
+        store: FeatureStore | None = None,
     ) -> None:
         """Args:
         datasets: in the order of the mixture.
@@ -138,17 +137,17 @@ class Loader:
         encode: sample -> example; raises DataError for a row that cannot be used.
         pictures: turns decoded pictures into pixels; None for a model of text alone.
         config: see `LoaderConfig`.
-        rank: of this process.
-        world_size: number of processes; each gets a contiguous share of every window.
+        share: number of this process and of all processes; each gets a contiguous share of every window.
         packed: whether the model computes trees packed, which `micro_batch_tokens` counts by.
+        store: knows what a frozen tower makes of pictures; those it knows are not decoded.
         """
         self._datasets = datasets
         self._mixture = mixture
         self._encode = encode
         self._pictures = pictures
         self._config = config
-        self._rank = rank
-        self._world_size = world_size
+        self._rank, self._world_size = share
+        self._store = store
         self._budget = Budget(config.micro_batch, config.micro_batch_tokens, packed)
         self._windows_per_epoch = math.ceil(mixture.epoch_length / config.global_batch)
         self._report = RowReport(config.report) if config.report is not None else None
@@ -183,14 +182,15 @@ class Loader:
             yield prepared.window
 
     def attach(self, batch: Batch) -> Batch:
-        """Return the batch with `pixels`; one without pictures is returned as it is.
+        """Return the batch with `pixels`, or with `picture_inputs` where there is a store; one without pictures is
+        returned as it is.
 
         Raises:
             DataError: a picture cannot be decoded; names the row.
         """
         if not batch.images:
             return batch
-        return replace(batch, pixels=self._pixels.take(batch))
+        return replace(batch, **self._pixels.take(batch))
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Metrics change nothing here: the order of the rows is fixed."""
@@ -301,7 +301,8 @@ class Loader:
         example = next(self._load(positions, []), None) or blank_example()
         return make_padding(collate([example]))
 
-    def _make_pixels(self, batch: Batch) -> dict[str, Tensor]:
+    def _make_pixels(self, batch: Batch) -> dict[str, Any]:
+        """What `attach` adds to the batch, by field."""
         if self._pictures is None:
             raise DataError(
                 f"{batch.origins[0]} has pictures, but the model takes text alone", remedy="drop the rows with pictures"
@@ -309,11 +310,31 @@ class Loader:
         rows = {image: row for row in reversed(range(batch.num_rows)) for image in batch.row_images[row]}
         jobs = [(reference, batch.origins[rows[image]]) for image, reference in enumerate(batch.images)]
         # One by one, so that whole pictures are gone as soon as their pixels are made, and all threads do both.
-        pixels = join_pixels(self._decoders.map(partial(_prepare, self._pictures, self._config.decode), jobs))
-        if not torch.cuda.is_initialized():  # the model was put on its device before pixels are asked for
-            return pixels
-        # A CUDA device copies from page-locked memory while it computes.
-        return {name: value.pin_memory() for name, value in pixels.items()}
+        if self._store is not None:
+            return {"picture_inputs": tuple(self._decoders.map(self._make_input, jobs))}
+        return {"pixels": _pinned(join_pixels(self._decoders.map(self._make_one, jobs)))}
+
+    def _make_input(self, job: tuple[ImageReference, Origin]) -> PictureInput:
+        """What the store knows of a picture, or its pixels."""
+        assert self._store is not None
+        reference, origin = job
+        with at_row(origin):
+            # Whole and reduced pictures have features of their own; held-out rows share the store and are whole.
+            key = picture_key(reference) + ("" if self._config.decode == "full" else f" {self._config.decode}")
+        features = self._store.get(key)
+        if features is not None:
+            return PictureInput(key, features=features)
+        return PictureInput(key, pixels=_pinned(self._make_one(job)))
+
+    def _make_one(self, job: tuple[ImageReference, Origin]) -> dict[str, Tensor]:
+        """The pixels of a picture of this row."""
+        assert self._pictures is not None
+        reference, origin = job
+        if self._config.decode == "full":
+            return self._pictures.pixels([_decode_for(reference, origin)])
+        with at_row(origin):
+            picture, whole = decode_reduced(reference, self._pictures.wanted_size)
+        return self._pictures.pixels([picture], [whole])
 
 
 class _PixelPrefetch:
@@ -322,14 +343,14 @@ class _PixelPrefetch:
     Holds at most those of one batch of this window and of the first batch of the next.
     """
 
-    def __init__(self, make: Callable[[Batch], dict[str, Tensor]], is_enabled: bool) -> None:
+    def __init__(self, make: Callable[[Batch], dict[str, Any]], is_enabled: bool) -> None:
         self._make = make
         # One thread: each has a heap of its own, which keeps the memory of the largest batch it made.
         self._pool = ThreadPoolExecutor(1, "triptych-pixels") if is_enabled else None
         self._batches: list[Batch] = []
         self._following: Future[_Prepared] | None = None
-        self._next: tuple[Batch, Future[dict[str, Tensor]]] | None = None
-        self._next_window: Future[dict[str, Tensor]] | None = None
+        self._next: tuple[Batch, Future[dict[str, Any]]] | None = None
+        self._next_window: Future[dict[str, Any]] | None = None
 
     def expect(self, batches: Sequence[Batch], following: Future[_Prepared] | None) -> None:
         """Announce the batches of a window in the order they will be asked for (possibly in several passes)."""
@@ -346,8 +367,8 @@ class _PixelPrefetch:
         """Drop what was made ahead: the windows that come are not those announced."""
         self._batches, self._following, self._next, self._next_window = [], None, None, None
 
-    def take(self, batch: Batch) -> dict[str, Tensor]:
-        """The pixels of a batch, also of a changed copy that holds the same pictures."""
+    def take(self, batch: Batch) -> dict[str, Any]:
+        """What was made of a batch, also of a changed copy that holds the same pictures."""
         index = next((number for number, known in enumerate(self._batches) if known.images is batch.images), None)
         if index is None:
             return self._make(batch)
@@ -366,21 +387,15 @@ class _PixelPrefetch:
         elif self._following is not None and self._following.done() and self._next_window is None:
             self._next_window = self._pool.submit(self._make_first, self._following)
 
-    def _make_first(self, following: Future[_Prepared]) -> dict[str, Tensor]:
+    def _make_first(self, following: Future[_Prepared]) -> dict[str, Any]:
         batches = [batch for batch in following.result().window.batches if batch.images]
         return self._make(batches[0]) if batches else {}
 
 
-def _prepare(
-    pictures: PictureProcessor, mode: Literal["full", "draft"], job: tuple[ImageReference, Origin]
-) -> dict[str, Tensor]:
-    """The pixels of one picture of this row."""
-    reference, origin = job
-    if mode == "full":
-        return pictures.pixels([_decode_for(reference, origin)])
-    with at_row(origin):
-        picture, whole = decode_reduced(reference, pictures.wanted_size)
-    return pictures.pixels([picture], [whole])
+def _pinned(pixels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In page-locked memory, from which a CUDA device copies while it computes; as they are where none is in use."""
+    # The model was put on its device before pixels are asked for.
+    return {name: value.pin_memory() for name, value in pixels.items()} if torch.cuda.is_initialized() else pixels
 
 
 def _decode_for(reference: ImageReference, origin: Origin) -> Image.Image:

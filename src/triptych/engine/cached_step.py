@@ -125,14 +125,17 @@ def _observe(
         with feed.runtime.autocast():
             scores = scorer(batch)
         values = _values(objective, scores, batch)
-    return _Observation(replace(batch, pixels=None), values, random_state, scores if keep_scores else None)
+    return _Observation(
+        replace(batch, pixels=None, picture_inputs=None), values, random_state, scores if keep_scores else None
+    )
 
 
 def _recompute(
     scorer: nn.Module, objective: WindowObjective, feed: Feed, light: Batch, first: _Observation
 ) -> _Observation:
     """Repeat the forward pass with gradients. The generators end where the first pass left them."""
-    batch = replace(first.batch, pixels=feed.attach(light).pixels)
+    attached = feed.attach(light)
+    batch = replace(first.batch, pixels=attached.pixels, picture_inputs=attached.picture_inputs)
     torch.set_rng_state(first.random_state[0])
     if len(first.random_state) > 1:
         torch.cuda.set_rng_state(first.random_state[1], feed.runtime.device)

@@ -52,6 +52,8 @@ MAY_CHANGE = (
     "train.monitors",
     "loader.on_bad_row",
     "loader.prefetch",
+    "features.folder",
+    "features.limit_gib",
     "loader.decode_threads",
     "loader.report",
 )

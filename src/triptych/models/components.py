@@ -8,13 +8,14 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from triptych.core.config import did_you_mean
 from triptych.core.errors import ModelError, Problem
@@ -287,6 +288,29 @@ def tree_obstacle(hf_model: PreTrainedModel) -> str | None:
     if getattr(text, "output_router_logits", False):
         return "the router loss is taken row by row"
     return None
+
+
+_TAKES_JOINED = frozenset({"gemma3", "internvl"})
+"""Families whose forward takes the features of all pictures as one tensor; others take a list."""
+
+
+@dataclass
+class PictureRecord(BaseModelOutputWithPooling):
+    """What the forward of every family takes as `mm_encoder_outputs["image"]`."""
+
+    deepstack_features: list[list[Tensor]] | None = None
+
+
+def picture_record(hf_model: PreTrainedModel, pooled: Tensor, deepstack: Sequence[Tensor]) -> PictureRecord:
+    """Features of all pictures in the form that the family's forward takes.
+
+    Args:
+        pooled: [tokens of all pictures, D].
+        deepstack: for each level, [tokens of all pictures, D]; usually none.
+    """
+    is_joined = hf_model.config.model_type in _TAKES_JOINED
+    levels = [[level] for level in deepstack] or None
+    return PictureRecord(pooler_output=pooled if is_joined else [pooled], deepstack_features=levels)
 
 
 _LAST_POSITION_TEXT = frozenset({"siglip_text_model"})

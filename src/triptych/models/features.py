@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 SHARD_BYTES = 64 * 2**20
 """Features are written once this much has come together."""
@@ -28,7 +29,8 @@ _SEPARATOR = "/"
 class FeatureCache:
     """Picture key -> named tensors.
 
-    Several processes may use one folder: each writes files of its own, and sees what was there when it opened.
+    Several processes may use one folder: each writes files of its own, and sees what was there when it opened. Threads
+    may share one object.
     """
 
     def __init__(self, folder: Path, limit_bytes: int | None = None, shard_bytes: int = SHARD_BYTES) -> None:
@@ -45,6 +47,7 @@ class FeatureCache:
         self._open: dict[Path, Any] = {}
         self._waiting: dict[str, dict[str, Tensor]] = {}
         self._waiting_bytes = 0
+        self._lock = threading.RLock()
         folder.mkdir(parents=True, exist_ok=True)
         self._bytes = sum(self._index(file) for file in sorted(folder.glob("*.safetensors")))
 
@@ -61,29 +64,38 @@ class FeatureCache:
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of a picture, on the CPU, memory-mapped; None where it is not known."""
-        if key in self._waiting:
-            return self._waiting[key]
-        if key not in self._places:
-            return None
-        file, names = self._places[key]
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        return {name: self._open[file].get_tensor(f"{key}{_SEPARATOR}{name}") for name in names}
+        with self._lock:
+            if key in self._waiting:
+                return self._waiting[key]
+            if key not in self._places:
+                return None
+            file, names = self._places[key]
+            if file not in self._open:
+                self._open[file] = safe_open(file, framework="pt")
+            return {name: self._open[file].get_tensor(f"{key}{_SEPARATOR}{name}") for name in names}
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Remember a picture; does nothing where it is known or the cache is full."""
-        if key in self or self.is_full:
-            return
-        kept = {name: value.detach().cpu().clone() for name, value in tensors.items()}
-        self._waiting[key] = kept
-        self._waiting_bytes += sum(value.nbytes for value in kept.values())
-        if self._waiting_bytes >= self._shard_bytes:
-            self.flush()
+        with self._lock:
+            if key in self or self.is_full:
+                return
+            kept = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+            self._waiting[key] = kept
+            self._waiting_bytes += sum(value.nbytes for value in kept.values())
+            if self._waiting_bytes >= self._shard_bytes:
+                self.flush()
 
     def flush(self) -> None:
         """Write what is waiting."""
-        if not self._waiting:
-            return
+        with self._lock:
+            if self._waiting:
+                self._write()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeatureCache:
+        """The same: a copied scorer shares it."""
+        return self
+
+    def _write(self) -> None:
         joined = {
             f"{key}{_SEPARATOR}{name}": value.contiguous()
             for key, tensors in self._waiting.items()
@@ -114,14 +126,15 @@ class FeatureCache:
         return file.stat().st_size
 
 
-def tower_key(tower: nn.Module, settings: Mapping[str, Any]) -> str:
+def tower_key(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
     """Digest of all that a picture's features depend on beside the picture: weights, buffers, their types, settings.
 
     Args:
+        state: name -> weight or buffer of the tower.
         settings: those of the image processor and of the tower's configuration, as plain values.
     """
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, value in sorted(tower.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from torch import nn
+from torch import Tensor, nn
 
 from triptych.core.errors import ModelError
 from triptych.core.types import Batch, Scores
@@ -84,21 +84,31 @@ class AdapterOffReference:
         Raises:
             ModelError: the scorer gives no token log-probabilities.
         """
-        with adapters_disabled(self._scorer), evaluation_mode(self._scorer):
+        with adapters_disabled(self._scorer):
             return _attach(self._scorer, batch)
 
 
-def _attach(scorer: nn.Module, batch: Batch) -> Batch:
+def reference_logprobs(scorer: nn.Module, batch: Batch) -> Tensor:
+    """[S] log-probabilities of a scorer as it is now, without dropout, gradients or a trace in the random state.
+
+    Raises:
+        ModelError: the scorer gives no token log-probabilities.
+    """
     device = batch.input_ids.device
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with evaluation_mode(scorer), torch.random.fork_rng(devices=devices), torch.no_grad():
         scores: Scores = scorer(batch)
     if scores.token_logprobs is None:
         raise ModelError(
             "the reference gives no token log-probabilities",
             remedy="build its scorer with needs that include `token_logprobs`",
         )
-    return replace(batch, token_values={**batch.token_values, REFERENCE_LOGPROBS: scores.token_logprobs})
+    return scores.token_logprobs
+
+
+def _attach(scorer: nn.Module, batch: Batch) -> Batch:
+    values = {**batch.token_values, REFERENCE_LOGPROBS: reference_logprobs(scorer, batch)}
+    return replace(batch, token_values=values)
 
 
 def _first_trained_adapter(model: nn.Module) -> str | None:

@@ -5,23 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from triptych.core.errors import ModelError, Problem
-from triptych.core.protocols import PictureProcessor
+from triptych.core.protocols import FeatureStore, PictureProcessor
 from triptych.core.types import Batch, ScoreField, Scores
 from triptych.models.components import (
     Components,
     check_plain_head,
-    component_parameters,
+    picture_record,
     row_inputs,
     row_inputs_kind,
     tree_obstacle,
@@ -29,27 +26,15 @@ from triptych.models.components import (
 from triptych.models.generation import Prompt, generate
 from triptych.models.logprobs import DEFAULT_CHUNK, label_logprobs
 from triptych.models.picture_words import PictureWords
-from triptych.models.pictures import PICTURE_TILES, model_inputs
 from triptych.models.tree_attention import use_tree_attention
 from triptych.models.trees import make_layout, pack, tree_inputs
+from triptych.models.vision import Features, VisionSide
 
 logger = logging.getLogger(__name__)
 
 WORD_NEEDS: frozenset[ScoreField] = frozenset({"word_logprobs", "silence_logprobs", "picture_distances"})
 """What is computed from pictures and word embeddings, without the language model."""
 SUPPORTED_NEEDS: frozenset[ScoreField] = WORD_NEEDS | {"token_logprobs"}
-
-
-@dataclass(frozen=True)
-class Features:
-    """Vision features of the different pictures of a batch."""
-
-    pooled: tuple[Tensor, ...]
-    """For each picture [tokens of the picture, D]."""
-    deepstack: tuple[tuple[Tensor, ...], ...]
-    """For each level that also enters deeper layers (Qwen3-VL), for each picture, [tokens, D]; usually empty."""
-    outputs: Any
-    """What the model returned; its type and the form of its `pooler_output` are kept."""
 
 
 class VlmScorer(nn.Module):
@@ -68,6 +53,7 @@ class VlmScorer(nn.Module):
         pictures: PictureProcessor | None = None,
         words: PictureWords | None = None,
         trees: bool = True,
+        store: FeatureStore | None = None,
     ) -> None:
         """
         Args:
@@ -75,6 +61,7 @@ class VlmScorer(nn.Module):
             chunk_size: positions whose logits live at the same time.
             pictures: makes the dummy picture of a micro-batch without pictures; needed when vision or connector train.
             words: what pictures are compared with; needed for `word_logprobs` and what comes with it.
+            store: keeps the states of a frozen tower, where batches come with `picture_inputs`.
             trees: compute every trunk once and no padding, where `components.tree_obstacle` knows of no obstacle.
 
         Raises:
@@ -99,6 +86,7 @@ class VlmScorer(nn.Module):
         self.needs = needs
         self.chunk_size = chunk_size
         self.pictures = pictures
+        self.vision = VisionSide(hf, components, pictures, store)
         self.words = words
         self._image_token_id = components.image_token_id
         self._row_inputs = row_inputs_kind(hf)
@@ -120,15 +108,8 @@ class VlmScorer(nn.Module):
         Raises:
             ModelError: pixels are not attached, or the placeholders of a row do not match its pictures' features.
         """
-        if batch.images and batch.pixels is None:
-            raise ModelError(
-                Problem(
-                    f"a batch of {len(batch.images)} pictures has no pixels", remedy="call the source's attach first"
-                )
-            )
-        order = [index for row in batch.row_images for index in row]
-        features = self._features(batch.pixels) if order and batch.pixels is not None else None
-        dummy = self._dummy(batch.input_ids.device) if features is None and self._needs_dummy() else None
+        features = self.vision.features(batch)
+        dummy = self.vision.dummy(batch)
         self._check_counts(batch, features)
         if self.needs & WORD_NEEDS:
             assert self.words is not None
@@ -141,7 +122,9 @@ class VlmScorer(nn.Module):
                     picture_distances=rows,
                 )
             return self.words(batch, features.pooled, self.hf.get_input_embeddings())
-        extra = row_inputs(self._row_inputs, self.hf, batch.input_ids, batch.attention_mask, _grids(batch, order))
+        order = [index for row in batch.row_images for index in row]
+        grids = None if features is None or features.grids is None else features.grids[order]
+        extra = row_inputs(self._row_inputs, self.hf, batch.input_ids, batch.attention_mask, grids)
         with self._added_to_embeddings(dummy):
             if self.packs_trees:
                 hidden, auxiliary = self._packed_states(batch, features, extra), None
@@ -160,7 +143,7 @@ class VlmScorer(nn.Module):
     ) -> Any:
         return self.hf.base_model(
             input_ids=input_ids,
-            mm_encoder_outputs=None if features is None else {"image": _gather(features, order)},
+            mm_encoder_outputs=None if features is None else {"image": _gather(self.hf, features, order)},
             use_cache=False,
             **extra,
         )
@@ -218,27 +201,9 @@ class VlmScorer(nn.Module):
             _freeze_modes(self.hf)
         return self
 
-    def _features(self, pixels: Mapping[str, Tensor]) -> Features:
-        """Features of the pictures in `pixels`, once each; without a graph where nothing before them trains."""
-        trains = any(parameter.requires_grad for parameter in self._picture_parameters())
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            outputs = self.hf.base_model.get_image_features(**model_inputs(pixels), return_dict=True)
-        pooled = outputs.pooler_output
-        if isinstance(pooled, Tensor):  # [tiles, tokens of a tile, D]
-            tiles = pixels.get(PICTURE_TILES)
-            counts = [1] * len(pooled) if tiles is None else tiles.tolist()
-            pooled = [part.flatten(0, 1) for part in pooled.split(counts)]
-        return Features(
-            tuple(pooled), tuple(tuple(level) for level in outputs.get("deepstack_features") or ()), outputs
-        )
-
     def _check_counts(self, batch: Batch, features: Features | None) -> None:
         """Compare placeholders and features row by row; a mismatch would pair words with the wrong pixels."""
         pooled = features.pooled if features is not None else ()
-        if features is not None and len(pooled) != len(batch.images):
-            raise ModelError(
-                Problem(f"the model made features of {len(pooled)} pictures, the batch has {len(batch.images)}")
-            )
         found = batch.input_ids.eq(self._image_token_id).sum(dim=1).tolist()
         problems = []
         for row, (placeholders, images) in enumerate(zip(found, batch.row_images, strict=True)):
@@ -253,38 +218,6 @@ class VlmScorer(nn.Module):
                 )
         if problems:
             raise ModelError(problems)
-
-    def _picture_parameters(self) -> list[nn.Parameter]:
-        return [
-            parameter
-            for component in ("vision", "connector")
-            for parameter in component_parameters(self.components, component, self.hf).values()
-        ]
-
-    def _needs_dummy(self) -> bool:
-        """Whether this batch without pictures must run the vision side all the same.
-
-        Data-parallel ranks must use the same parameters: for gradients when any of them trains, and for the gathering
-        of sharded parameters in every forward pass.
-        """
-        parameters = self._picture_parameters()
-        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-        return trains or any(isinstance(parameter, DTensor) for parameter in parameters)
-
-    def _dummy(self, device: torch.device) -> Tensor:
-        """0-d zero that depends on every vision and connector parameter in use."""
-        if self.pictures is None:
-            raise ModelError(
-                Problem(
-                    "a micro-batch has no pictures while vision or connector train, so they would get no gradient",
-                    remedy="give the scorer `pictures`, the model's picture processor",
-                )
-            )
-        # Grey, since pictures of exact zeros are taken for padding by some families.
-        pixels = self.pictures.pixels([Image.new("RGB", (32, 32), (96, 96, 96))])
-        features = self._features({name: value.to(device) for name, value in pixels.items()})
-        parts = [*features.pooled, *(part for level in features.deepstack for part in level)]
-        return torch.stack([part.float().sum() for part in parts]).sum() * 0.0
 
     @contextmanager
     def _added_to_embeddings(self, dummy: Tensor | None) -> Iterator[None]:
@@ -336,20 +269,11 @@ def row_balance(router_logits: tuple[Tensor, ...], mask: Tensor, top_k: int) -> 
     return logits.shape[-1] * (shares * means).sum(dim=-1)
 
 
-def _gather(features: Features, order: list[int]) -> Any:
-    """The model's own output record, its features those of the rows' pictures in order of appearance."""
-    joined = torch.cat([features.pooled[index] for index in order])
-    is_tensor = isinstance(features.outputs.pooler_output, Tensor)
-    fields: dict[str, Any] = {"pooler_output": joined if is_tensor else [joined]}
-    if features.deepstack:
-        fields["deepstack_features"] = [[torch.cat([level[index] for index in order])] for level in features.deepstack]
-    return type(features.outputs)(**fields)
-
-
-def _grids(batch: Batch, order: list[int]) -> Tensor | None:
-    """[pictures of all rows in order, 3], for families whose pixels name their grids."""
-    grids = batch.pixels.get("image_grid_thw") if batch.pixels is not None else None
-    return grids[order] if grids is not None and order else None
+def _gather(hf: PreTrainedModel, features: Features, order: list[int]) -> Any:
+    """The record a model takes instead of pixels, with the features of the rows' pictures in order of appearance."""
+    pooled = torch.cat([features.pooled[index] for index in order])
+    deepstack = [torch.cat([level[index] for index in order]) for level in features.deepstack]
+    return picture_record(hf, pooled, deepstack)
 
 
 @cache

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from triptych.core.config import Config
 from triptych.core.distributed import rank, world_size
 from triptych.core.errors import ConfigError, DataError, ModelError, Problem
-from triptych.core.protocols import Evaluator, Objective, PictureProcessor, Reference
+from triptych.core.protocols import Evaluator, FeatureStore, Objective, PictureProcessor, Reference
 from triptych.core.types import Example, ParameterGroup, Sample
 from triptych.data.formats import AnyDatasetConfig, Dataset, open_dataset
 from triptych.data.grouping import picture_groups
@@ -24,6 +25,7 @@ from triptych.engine.parallel import Runtime, checkpointed_blocks
 from triptych.engine.schedules import multiplier
 from triptych.models.components import Components
 from triptych.models.tuning import TuningPlan
+from triptych.models.vision import VisionSide
 from triptych.stages.recipe import StageRecipe
 
 ROW_REPORT = "rows.jsonl"
@@ -51,12 +53,18 @@ class Built:
     from."""
     packed: bool = False
     """Whether the scorer computes trees packed."""
+    vision: VisionSide | None = None
+    """The vision side of the scorer, where the states of a frozen tower can be kept."""
+    picture_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of image processor and feature selection, beside the weights all that those states depend on."""
     reference: Reference | None = None
     evaluators: Callable[[nn.Module, Runtime], list[Evaluator]] = field(default=lambda scorer, runtime: [])
     """Wrapped scorer -> what measures it during training."""
     after_step: Callable[[], None] | None = None
     show_answers: Callable[[str], None] = field(default=lambda title: None)
     """Print some held-out answers, on the main rank; called before and after training on every rank."""
+    prepare: Callable[[Runtime, Console], None] = field(default=lambda runtime, console: None)
+    """What is computed once before training, on every rank; the scorer is not wrapped yet."""
     lint: Callable[[], list[Problem]] = field(default=list)
     """Look for faults of the conversation template itself."""
 
@@ -104,12 +112,14 @@ def make_loader(
     *,
     by_picture: bool,
     packed: bool,
+    store: FeatureStore | None = None,
 ) -> Loader:
     """The training source of this rank; rows that are left out are listed in the output folder.
 
     Args:
         by_picture: keep rows about one picture together, as `config` says.
         packed: the model computes trees packed.
+        store: knows what a frozen tower makes of pictures.
     """
     mixture = Mixture(
         [len(item) for item in datasets],
@@ -120,7 +130,7 @@ def make_loader(
     )
     if config.report is None and output is not None:
         config = config.model_copy(update={"report": output / ROW_REPORT})
-    return Loader(datasets, mixture, encode, pictures, config, rank=rank(), world_size=world_size(), packed=packed)
+    return Loader(datasets, mixture, encode, pictures, config, (rank(), world_size()), packed, store)
 
 
 def make_held_out_loader(
@@ -128,12 +138,13 @@ def make_held_out_loader(
     encode: Callable[[Sample], Example],
     pictures: PictureProcessor,
     batch: int,
+    store: FeatureStore | None = None,
 ) -> Loader:
     """A source that yields every held-out row once, in a single window of light batches."""
     total = sum(len(item) for item in datasets)
     config = LoaderConfig(global_batch=total, micro_batch=batch, epochs=1, prefetch=0, rows_per_picture=1)
     unweighted = Mixture([len(item) for item in datasets], [None] * len(datasets), 0)
-    return Loader(datasets, unweighted, encode, pictures, config, rank=rank(), world_size=world_size())
+    return Loader(datasets, unweighted, encode, pictures, config, (rank(), world_size()), store=store)
 
 
 def plain_rows(encode: Callable[[Sample], Example]) -> Callable[[Sample], Example]:

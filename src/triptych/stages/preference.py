@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
 from torch import nn
 
 from triptych.core.protocols import Evaluator, Reference
 from triptych.engine.parallel import Runtime
 from triptych.evaluation.held_out import HeldOutLoss
 from triptych.models.reference import AdapterOffReference, FrozenReference
+from triptych.models.tuning import TuningPlan
 from triptych.objectives import build_objective
 from triptych.stages.build import Built, make_held_out_loader, open_datasets, pair_rows
-from triptych.stages.recipe import PreferenceRecipe
-from triptych.stages.vlm import Vlm, build_vlm, vlm_stage
+from triptych.stages.precompute import PrecomputedReference
+from triptych.stages.recipe import PreferenceRecipe, ReferenceKind
+from triptych.stages.vlm import Vlm, build_vlm, picture_settings, vlm_stage
 
 
 def build_preference(recipe: PreferenceRecipe) -> Built:
@@ -19,17 +25,31 @@ def build_preference(recipe: PreferenceRecipe) -> Built:
     datasets = open_datasets(recipe.data)
     vlm = build_vlm(recipe)
     encode = pair_rows(vlm.encoder.encode)
-    reference = make_reference(recipe, vlm)
     objective = build_objective(recipe.objective)
+    kind = reference_kind(recipe, vlm.plan, sum(len(item) for item in datasets))
+    settings = {**picture_settings(vlm.loaded), "template": recipe.template, "max_length": recipe.max_length}
+    known = PrecomputedReference(encode, vlm.loaded.pictures, settings)
+    if kind == "precomputed":
+        encode = known.encode
+    reference = make_reference(kind, vlm)
+
+    def prepare(runtime: Runtime, console: Console) -> None:
+        if kind != "precomputed":
+            return
+        held_out = [] if recipe.evaluation is None else open_datasets(recipe.evaluation.data)
+        folder = Path(recipe.output) / "reference_logprobs"
+        vlm.scorer.to(runtime.device)
+        known.prepare(vlm.scorer, [*datasets, *held_out], recipe.loader, folder, runtime, console)
 
     def evaluators(scorer: nn.Module, runtime: Runtime) -> list[Evaluator]:
         if recipe.evaluation is None:
             return []
         held_out = open_datasets(recipe.evaluation.data)
-        source = make_held_out_loader(held_out, encode, vlm.loaded.pictures, recipe.evaluation.batch)
+        store = vlm.scorer.vision.store
+        source = make_held_out_loader(held_out, encode, vlm.loaded.pictures, recipe.evaluation.batch, store)
         return [HeldOutLoss(scorer, objective, source, reference, runtime)]
 
-    return vlm_stage(
+    built = vlm_stage(
         recipe,
         vlm,
         encode=encode,
@@ -38,13 +58,23 @@ def build_preference(recipe: PreferenceRecipe) -> Built:
         evaluators=evaluators,
         reference=reference,
     )
+    return replace(built, prepare=prepare)
 
 
-def make_reference(recipe: PreferenceRecipe, vlm: Vlm) -> Reference:
-    """The model as it is before training, as the recipe asks for it."""
-    kind = recipe.reference
-    if kind == "auto":
-        kind = "adapter_off" if vlm.plan.adapters and not vlm.plan.full_matches else "frozen"
+def reference_kind(recipe: PreferenceRecipe, plan: TuningPlan, rows: int) -> ReferenceKind:
+    """What `auto` means for this recipe: computed before training where every row is used at least once."""
+    if recipe.reference != "auto":
+        return recipe.reference
+    steps, epochs = recipe.loader.steps, recipe.loader.epochs
+    passes = epochs if steps is None else steps * recipe.loader.global_batch / rows
+    assert passes is not None
+    if passes >= 1:
+        return "precomputed"
+    return "adapter_off" if plan.adapters and not plan.full_matches else "frozen"
+
+
+def make_reference(kind: ReferenceKind, vlm: Vlm) -> Reference | None:
+    """The model as it is before training; None where its numbers stand in the rows."""
     if kind == "adapter_off":
         return AdapterOffReference(vlm.scorer, vlm.plan)
-    return FrozenReference(vlm.scorer)
+    return FrozenReference(vlm.scorer) if kind == "frozen" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -41,6 +42,10 @@ PlainDataset = Annotated[DatasetConfig, AfterValidator(_refuse_pairs)]
 
 PairDataset = Annotated[DatasetConfig, AfterValidator(_require_pairs)]
 """A data set whose rows are preferences."""
+
+
+ReferenceKind = Literal["precomputed", "frozen", "adapter_off"]
+"""Where the numbers of a reference model come from."""
 
 
 class EvaluationConfig(Config):
@@ -96,6 +101,17 @@ class StageRecipe(Config):
     """Type of the weights in memory; float32 is the safe choice for training them."""
 
 
+class FeaturesConfig(Config):
+    """Whether what a frozen vision tower makes of pictures is kept on disk, so that each goes through it once."""
+
+    keep: Literal["auto", "always", "never"] = "auto"
+    """`auto`: where pictures come twice, or were kept by an earlier run, and reading is faster than computing."""
+    folder: Path | None = None
+    """Where; several runs with the same tower may share a folder. Default: `features` in the folder of the run."""
+    limit_gib: float = Field(default=20.0, gt=0)
+    """Nothing is added once the folder of a tower holds this much."""
+
+
 class VlmRecipe(StageRecipe):
     """Keys of the stages that train a vision-language model."""
 
@@ -110,6 +126,8 @@ class VlmRecipe(StageRecipe):
     trees: bool = True
     """Compute what rows about one picture have in common once, and no padding. The result is the same up to rounding;
     `false` expands them to padded rows, as families do whose attention is not known."""
+    features: FeaturesConfig = FeaturesConfig()
+    """What is kept of pictures where the vision tower is frozen."""
 
 
 class TuneRecipe(VlmRecipe):
@@ -134,9 +152,11 @@ class PreferenceRecipe(VlmRecipe):
     """What is minimised."""
     evaluation: PreferenceEvaluationConfig | None = None
     """Held-out measurements during training and at the end."""
-    reference: Literal["auto", "frozen", "adapter_off"] = "auto"
-    """The model to stay near: a frozen copy, or the policy with its adapters switched off (no second copy). `auto`:
-    adapter_off where adapters are all that trains."""
+    reference: ReferenceKind | Literal["auto"] = "auto"
+    """Where the log-probabilities of the model to stay near come from: `precomputed` once for every row before training
+    and kept on disk, so that steps pay for one model only; from a `frozen` copy; or from the policy with its adapters
+    switched off (`adapter_off`). `auto`: precomputed where every row is used, else adapter_off where adapters are all
+    that trains, else frozen."""
 
 
 class ContrastiveRecipe(StageRecipe):

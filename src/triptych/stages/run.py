@@ -15,7 +15,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from triptych import __version__
 from triptych.core.config import ConfigTree
 from triptych.core.distributed import barrier, is_main
-from triptych.core.protocols import Evaluator
+from triptych.core.protocols import Evaluator, FeatureStore
 from triptych.data.mixture import Mixture
 from triptych.engine.checkpoint import Checkpoints
 from triptych.engine.monitors import build_monitors
@@ -26,6 +26,7 @@ from triptych.models.tuning import check_gradients
 from triptych.models.vlm import VlmScorer
 from triptych.stages.build import Built, make_loader, resolved
 from triptych.stages.doctor import environment
+from triptych.stages.keeping import open_store
 from triptych.stages.recipe import StageRecipe
 
 FINISHED = "finished.json"
@@ -57,10 +58,16 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
         write_recipe(recipe, output)
         write_facts(built, output)
     barrier()
-    trainer = make_trainer(recipe, built, runtime, output)
+    store = open_store(recipe, built, runtime, console, is_new=is_new)
+    built.prepare(runtime, console)
+    trainer = make_trainer(recipe, built, runtime, output, store)
     if is_new:
         built.show_answers("before training")
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    finally:
+        if store is not None:
+            store.flush()
     built.show_answers("after training")
     if is_main():
         write_recipe(recipe, output)
@@ -93,7 +100,9 @@ def write_facts(built: Built, output: Path) -> None:
     (output / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def make_trainer(recipe: StageRecipe, built: Built, runtime: Runtime, output: Path) -> Trainer:
+def make_trainer(
+    recipe: StageRecipe, built: Built, runtime: Runtime, output: Path, store: FeatureStore | None = None
+) -> Trainer:
     """Wrap the scorer and put the trainer together."""
     scorer = built.scorer
     scorer.train()
@@ -110,6 +119,7 @@ def make_trainer(recipe: StageRecipe, built: Built, runtime: Runtime, output: Pa
         output,
         by_picture=built.by_picture,
         packed=built.packed,
+        store=store,
     )
     return Trainer(
         scorer=wrapped,

@@ -83,7 +83,8 @@ def make_evaluators(
     """The held-out loss and, where asked for, the share of generated answers that are right."""
     assert recipe.evaluation is not None
     datasets = open_datasets(recipe.evaluation.data)
-    source = make_held_out_loader(datasets, encode, vlm.loaded.pictures, recipe.evaluation.batch)
+    store = vlm.scorer.vision.store
+    source = make_held_out_loader(datasets, encode, vlm.loaded.pictures, recipe.evaluation.batch, store)
     result: list[Evaluator] = [HeldOutLoss(scorer, build_objective(recipe.objective), source, None, runtime)]
     if recipe.evaluation.answers:
         answering = vlm.answering(recipe.evaluation.max_new_tokens, recipe.evaluation.batch)

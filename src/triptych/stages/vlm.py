@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -88,6 +89,8 @@ def vlm_stage(
     return Built(
         scorer=vlm.scorer,
         packed=vlm.scorer.packs_trees,
+        vision=vlm.scorer.vision,
+        picture_settings=picture_settings(vlm.loaded),
         components=vlm.loaded.components,
         plan=vlm.plan,
         tokenizer=vlm.loaded.tokenizer,
@@ -101,6 +104,13 @@ def vlm_stage(
         lint=lambda: lint_template(vlm.encoder, vlm.loaded.tokenizer),
         show_answers=show_answers,
     )
+
+
+def picture_settings(loaded: LoadedVlm) -> dict[str, Any]:
+    """What decides a picture's states beside weights and picture."""
+    config = loaded.model.config.to_dict()
+    selected = {name: value for name, value in config.items() if name.startswith("vision_")}
+    return {"image_processor": loaded.image_processor.to_dict(), "model": selected}
 
 
 def context_length(loaded: LoadedVlm) -> int | None:

@@ -310,3 +310,5 @@ def test_equal_bytes_have_equal_keys(tmp_path: Path) -> None:
     same = ImageReference(data=b"picture")
     assert picture_key(ImageReference(path=str(tmp_path / "a.png"))) == picture_key(same)
     assert picture_key(ImageReference(path=str(tmp_path / "b.png"))) != picture_key(same)
+    with pytest.raises(DataError, match=r"picture `c\.png` cannot be read"):
+        picture_key(ImageReference(path=str(tmp_path / "c.png"), name="c.png"))

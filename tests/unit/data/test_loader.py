@@ -23,7 +23,7 @@ from tests.unit.data.formats.reading import open_file
 from triptych.core.errors import CheckpointError, DataError
 from triptych.core.types import IGNORE, Batch, Branch, Example, ImageReference, Message, Origin, Sample, Text, Window
 from triptych.data.grouping import picture_groups
-from triptych.data.images import read_size
+from triptych.data.images import picture_key, read_size
 from triptych.data.loader import Loader, LoaderConfig
 from triptych.data.mixture import Mixture
 
@@ -81,7 +81,7 @@ PICTURES = FakePictures(NoTokenizer(), size=2)
 def make(datasets: list[Numbers], rank: int = 0, world_size: int = 1, **config: Any) -> Loader:
     options: dict[str, Any] = {"global_batch": 4, "micro_batch": 2, "epochs": 2, "seed": 3, "prefetch": 0} | config
     mixture = Mixture([len(item) for item in datasets], [None] * len(datasets), options["seed"])
-    return Loader(datasets, mixture, encode, PICTURES, LoaderConfig(**options), rank, world_size)
+    return Loader(datasets, mixture, encode, PICTURES, LoaderConfig(**options), (rank, world_size))
 
 
 def rows(window: Window) -> list[str]:
@@ -216,7 +216,7 @@ def encode_pictured(sample: Sample) -> Example:
 def make_pictured(data: Pictured, rank: int = 0, world_size: int = 1, packed: bool = True, **config: Any) -> Loader:
     options: dict[str, Any] = {"global_batch": 6, "epochs": 3, "seed": 3, "prefetch": 0} | config
     mixture = Mixture([len(data)], [None], 3, lambda: picture_groups([data]), options.get("rows_per_picture", 3))
-    return Loader([data], mixture, encode_pictured, PICTURES, LoaderConfig(**options), rank, world_size, packed=packed)
+    return Loader([data], mixture, encode_pictured, PICTURES, LoaderConfig(**options), (rank, world_size), packed)
 
 
 @pytest.mark.requirement("A-33")
@@ -594,3 +594,49 @@ def test_reports_change_nothing() -> None:
     loader = make(DATA)
     loader.report({"loss": 1.0})
     assert loader.state_dict()["windows"] == 0
+
+
+class Known:
+    """A store that knows the pictures it is told."""
+
+    def __init__(self, *keys: str) -> None:
+        self.keys, self.asked = set(keys), []  # type: ignore[var-annotated]
+
+    def get(self, key: str) -> dict[str, torch.Tensor] | None:
+        self.asked.append(key)
+        return {"states": torch.ones(1, 2, 3)} if key in self.keys else None
+
+    def put(self, key: str, tensors: Any) -> None:
+        raise AssertionError("the loader only asks")
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_pictures_that_a_store_knows_are_not_decoded(tmp_path: Path, prefetch: int) -> None:
+    data = Pictured(9, tmp_path)
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, file in enumerate(files):
+        Image.new("RGB", (2, 2), (number, 0, 0)).save(file)
+    keys = [picture_key(ImageReference(path=str(file))) for file in files]
+    store = Known(keys[1])
+    options = LoaderConfig(global_batch=9, micro_batch=9, epochs=1, prefetch=prefetch)
+    loader = Loader([data], Mixture([9], [None], 3), encode_pictured, PICTURES, options, store=store)
+    files[1].write_bytes(files[1].read_bytes())  # the same bytes, so the same key
+    (window,) = loader.windows()
+    batch = loader.attach(window.batches[0])
+    assert batch.pixels is None and batch.picture_inputs is not None and len(batch.images) == 3
+    for reference, item in zip(batch.images, batch.picture_inputs, strict=True):
+        number = int(Path(reference.path or "").stem)
+        assert item.key == keys[number]
+        assert (item.features is not None, item.pixels is None) == (number == 1, number == 1)
+        if item.pixels is not None:
+            assert item.pixels["pixel_values"].shape == (1, 3, 2, 2)
+    assert sorted(store.asked) == sorted(keys)
+
+
+def test_reduced_pictures_have_features_of_their_own(tmp_path: Path) -> None:
+    store = Known()
+    options = LoaderConfig(global_batch=3, micro_batch=3, epochs=1, decode="draft")
+    loader = Loader([Pictured(3, tmp_path)], Mixture([3], [None], 3), encode_pictured, PICTURES, options, store=store)
+    (window,) = loader.windows()
+    loader.attach(window.batches[0])
+    assert store.asked == [picture_key(ImageReference(path=str(tmp_path / "0.png"))) + " draft"]

@@ -23,23 +23,24 @@ def recipe(files: Files, folder: Path, **changes: Any) -> Path:
     return write(folder / "recipe.yaml", values, loader=loader, train={"save_every": None}, **changes)
 
 
-@pytest.mark.parametrize("kind", ["adapter_off", "frozen"])
+@pytest.mark.parametrize("kind", ["adapter_off", "frozen", "precomputed"])
 def test_training_starts_at_the_reference_and_prefers_the_chosen_answers(
     kind: str, files: Files, tmp_path: Path
 ) -> None:
     held_out = {"data": preference(files)["data"]}
     changes: dict[str, Any] = {}
-    if kind == "frozen":
+    if kind != "adapter_off":
         model = preference(files)["model"]
         language = {**model["language"], "config": {**model["language"]["config"], "attention_dropout": 0.0}}
         tuning = [{"match": "vision", "method": "frozen"}, *FULL]
         changes = {"tuning": tuning, "model": {**model, "language": language}}
+    changes["reference"] = kind
     file = recipe(files, tmp_path, evaluation=held_out, **changes)
     done = triptych("train", file, "train.runtime.precision=fp32")
     assert done.status == 0, done.err
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["event"] == "step"]
-    if kind == "frozen":  # no dropout there: policy and reference are equal at first, -log sigmoid(0)
+    if kind != "adapter_off":  # no dropout there: policy and reference are equal at first, -log sigmoid(0)
         assert losses[0] == pytest.approx(0.693147, abs=1e-5)
     assert losses[-1] < losses[0]
     finished = json.loads((tmp_path / "run" / "finished.json").read_text())
@@ -47,11 +48,22 @@ def test_training_starts_at_the_reference_and_prefers_the_chosen_answers(
     assert (tmp_path / "run" / "adapters").exists() == (kind == "adapter_off")
 
 
+def test_auto_computes_before_training_where_every_row_is_used(files: Files, tmp_path: Path) -> None:
+    file = recipe(files, tmp_path)
+    assert build_preference(read_recipe(file)).reference is None
+    assert build_preference(read_recipe(file, "loader.epochs=0.5")).reference is not None
+    steps = ["loader.epochs=null", "loader.steps=3"]  # of 8 pairs: all 24
+    assert build_preference(read_recipe(file, *steps)).reference is None
+    steps = ["loader.epochs=null", "loader.steps=2"]
+    assert build_preference(read_recipe(file, *steps)).reference is not None
+
+
 def test_auto_takes_the_adapters_off_where_they_are_all_that_trains(files: Files, tmp_path: Path) -> None:
-    assert isinstance(build_preference(read_recipe(recipe(files, tmp_path))).reference, AdapterOffReference)
+    few = "loader.epochs=0.5"
+    assert isinstance(build_preference(read_recipe(recipe(files, tmp_path), few)).reference, AdapterOffReference)
     rules = [{"match": "connector", "method": "full"}, *preference(files)["tuning"]]
     rules = [rule for rule in rules if rule != {"match": "connector", "method": "frozen"}]
     mixed = recipe(files, tmp_path, tuning=rules)
-    assert isinstance(build_preference(read_recipe(mixed)).reference, FrozenReference)
+    assert isinstance(build_preference(read_recipe(mixed, few)).reference, FrozenReference)
     with pytest.raises(ModelError, match="`connector` train base weights"):
         build_preference(read_recipe(mixed, "reference=adapter_off"))

@@ -1,0 +1,143 @@
+"""Whether a run keeps what its frozen vision tower makes of pictures, and where."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.console import Console
+
+from triptych.core.distributed import broadcast_object, is_main
+from triptych.core.errors import ModelError
+from triptych.core.types import ImageReference, PictureInput
+from triptych.data.images import decode, picture_key
+from triptych.engine.parallel import Runtime
+from triptych.models.features import FeatureCache, tower_key
+from triptych.models.vision import VisionSide, store_obstacle, tower_state
+from triptych.stages.build import Built
+from triptych.stages.recipe import StageRecipe, VlmRecipe
+
+DECISION = "features.json"
+"""In the folder of the run: whether states are kept. A resumed run decides as the first did: pictures go through the
+tower one by one where states are kept, in batches where they are not, which differ in rounding."""
+PROBED = 3
+"""Pictures that the probe computes and reads."""
+
+
+def open_store(
+    recipe: StageRecipe, built: Built, runtime: Runtime, console: Console, *, is_new: bool
+) -> FeatureCache | None:
+    """The store of this run, put in place in the scorer's vision side; None where states are not kept.
+
+    Args:
+        is_new: the run does not resume from a checkpoint.
+
+    Raises:
+        ModelError: `features.keep` is `always`, and the states cannot be kept.
+    """
+    if not isinstance(recipe, VlmRecipe) or built.vision is None:
+        return None
+    output = Path(recipe.output)
+    decision = None
+    if is_main():
+        decision = _decide(recipe, built, built.vision, runtime) if is_new else _recall(output / DECISION)
+    keeps, reason = broadcast_object(decision)
+    if is_main():
+        text = json.dumps({"keeps": keeps, "reason": reason}, indent=1) + "\n"
+        (output / DECISION).write_text(text, encoding="utf-8")
+    console.print(f"features of pictures: {'kept' if keeps else 'not kept'}, {reason}", highlight=False)
+    if not keeps:
+        return None
+    store = _open(recipe, built, runtime)
+    built.vision.store = store
+    return store
+
+
+def _recall(file: Path) -> tuple[bool, str]:
+    if not file.is_file():
+        return False, "as before this run was interrupted"  # by a version that kept nothing
+    decision = json.loads(file.read_text(encoding="utf-8"))
+    return bool(decision["keeps"]), str(decision["reason"])
+
+
+def _decide(recipe: VlmRecipe, built: Built, vision: VisionSide, runtime: Runtime) -> tuple[bool, str]:
+    config = recipe.features
+    is_sharded = runtime.strategy == "fsdp"
+    obstacle = "the weights are sharded" if is_sharded else store_obstacle(built.scorer.hf, built.components)
+    if config.keep == "never":
+        return False, "as the recipe says"
+    if obstacle is not None and config.keep == "always":
+        remedy = "freeze the tower (and a connector inside it), do not shard it, or set `features.keep` to `auto`"
+        raise ModelError(f"the features of pictures cannot be kept: {obstacle}", key="features.keep", remedy=remedy)
+    if obstacle is not None:
+        return False, obstacle
+    if config.keep == "always":
+        return True, "as the recipe says"
+    passes = _passes(recipe, built)
+    store = _open(recipe, built, runtime)
+    if passes < 2 and not len(store):
+        return False, f"{passes:.3g} passes over the data show hardly a picture twice"
+    return _probe(built, vision, runtime)
+
+
+def _passes(recipe: VlmRecipe, built: Built) -> float:
+    if recipe.loader.epochs is not None:
+        return recipe.loader.epochs
+    assert recipe.loader.steps is not None
+    return recipe.loader.steps * recipe.loader.global_batch / sum(len(dataset) for dataset in built.datasets)
+
+
+def _probe(built: Built, vision: VisionSide, runtime: Runtime) -> tuple[bool, str]:
+    """Compare computing the states of a few pictures with reading them."""
+    pictures = _first_pictures(built)
+    if not pictures:
+        return False, "there are no pictures"
+    built.scorer.to(runtime.device)
+    computing: list[float] = []
+    inputs: list[PictureInput] = []
+    with TemporaryDirectory() as folder, runtime.autocast():
+        vision.store = store = FeatureCache(Path(folder))
+        for picture in (pictures[0], *pictures):  # the first one warms up
+            start = time.perf_counter()
+            pixels = built.pictures.pixels([decode(picture)])
+            inputs.append(PictureInput(f"{len(inputs)} {picture_key(picture)}", pixels).to(runtime.device))
+            vision.states(inputs[-1])
+            computing.append(time.perf_counter() - start)
+        vision.store = None
+        store.flush()
+        again, reading = FeatureCache(Path(folder)), []
+        for item in inputs:
+            start = time.perf_counter()
+            states = again.get(item.key)
+            assert states is not None
+            for value in states.values():
+                value.to(runtime.device, copy=True)
+            reading.append(time.perf_counter() - start)
+    compute, read = min(computing[1:]), min(reading[1:])
+    words = f"a picture takes {1000 * compute:.1f} ms to compute and {1000 * read:.1f} ms to read"
+    return read < compute, words
+
+
+def _first_pictures(built: Built) -> list[ImageReference]:
+    found: dict[object, ImageReference] = {}
+    for dataset in built.datasets:
+        for index in range(min(len(dataset), PROBED)):
+            found |= {image.identity: image for image in built.encode(dataset.sample(index)).images}
+            if len(found) >= PROBED:
+                return list(found.values())[:PROBED]
+    return list(found.values())
+
+
+def _open(recipe: VlmRecipe, built: Built, runtime: Runtime) -> FeatureCache:
+    settings = {
+        "pictures": built.picture_settings,
+        "precision": runtime.precision,
+        "torch": torch.__version__,
+    }
+    key = tower_key(tower_state(built.scorer.hf, built.components), settings)
+    config = recipe.features
+    folder = Path(recipe.output) / "features" if config.folder is None else config.folder
+    return FeatureCache(folder / key, limit_bytes=round(config.limit_gib * 2**30))

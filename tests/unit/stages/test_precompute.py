@@ -1,0 +1,138 @@
+"""A reference whose numbers are computed before training is the same reference."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from tests.commands import read_recipe, triptych, write
+from tests.recipes.tiny_recipes import Files, preference
+from triptych.core.errors import ModelError
+from triptych.data.collate import collate
+from triptych.data.images import decode
+from triptych.engine.parallel import Runtime, RuntimeConfig
+from triptych.models.reference import REFERENCE_LOGPROBS, reference_logprobs
+from triptych.stages import precompute
+from triptych.stages.build import open_datasets
+from triptych.stages.precompute import PrecomputedReference
+from triptych.stages.vlm import build_vlm
+
+LORA_FREE = [
+    {"match": "vision", "method": "frozen"},
+    {"match": "connector", "method": "full"},
+    {"match": "language", "method": "full"},
+]
+
+
+def recipe(files: Files, folder: Path, **changes: Any) -> Path:
+    values = {"output": str(folder / "run"), **preference(files), "tuning": LORA_FREE}
+    language = values["model"]["language"]
+    without_dropout = {**language, "config": {**language["config"], "attention_dropout": 0.0}}
+    values["model"] = {**values["model"], "language": without_dropout}
+    loader = {"global_batch": 8, "micro_batch": 4, "epochs": 2}
+    return write(folder / "recipe.yaml", values, **{"loader": loader, "train": {"save_every": 1}, **changes})
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["event"] == "step"]
+
+
+def test_a_run_learns_the_same_as_with_a_frozen_copy(files: Files, tmp_path: Path) -> None:
+    held_out = {"data": preference(files)["data"]}
+    results = []
+    for kind in ("frozen", "precomputed"):
+        file = recipe(files, tmp_path / kind, reference=kind, evaluation=held_out)
+        done = triptych("train", file)
+        assert done.status == 0, done.err
+        results.append(json.loads((tmp_path / kind / "run" / "finished.json").read_text())["evaluation"])
+    assert losses(tmp_path / "precomputed") == pytest.approx(losses(tmp_path / "frozen"), rel=1e-5)
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(files: Files, tmp_path: Path) -> None:
+    file = recipe(files, tmp_path, reference="precomputed")
+    assert triptych("train", file).status == 0
+    run = tmp_path / "run"
+    whole = load_file(run / "model" / "model.safetensors")
+    kept = {path: path.stat().st_mtime_ns for path in (run / "reference_logprobs").glob("*/*")}
+    for step in sorted((run / "checkpoints").glob("step-*"))[2:]:
+        shutil.rmtree(step)
+    (run / "finished.json").unlink()
+    assert triptych("train", file).status == 0
+    assert {path: path.stat().st_mtime_ns for path in (run / "reference_logprobs").glob("*/*")} == kept
+    shutil.rmtree(run / "reference_logprobs")
+    shutil.rmtree(sorted((run / "checkpoints").glob("step-*"))[-1])
+    assert triptych("train", file).status == 0
+    again = load_file(run / "model" / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+def _reference(files: Files, folder: Path) -> tuple[PrecomputedReference, Any, list[Any], Any]:
+    values = read_recipe(recipe(files, folder))
+    vlm = build_vlm(values)
+    datasets = open_datasets(values.data)
+    return PrecomputedReference(vlm.encoder.encode, vlm.loaded.pictures, {}), vlm, datasets, values.loader
+
+
+def _prepare(known: PrecomputedReference, vlm: Any, datasets: list[Any], loader: Any, folder: Path) -> None:
+    runtime = Runtime(RuntimeConfig(precision="fp32"))
+    known.prepare(vlm.scorer, datasets, loader, folder, runtime, Console(quiet=True))
+
+
+def test_every_branch_gets_its_numbers(files: Files, tmp_path: Path) -> None:
+    known, vlm, datasets, loader = _reference(files, tmp_path)
+    assert not known.encode(datasets[0].sample(0)).branches[0].token_values
+    _prepare(known, vlm, datasets, loader, tmp_path / "numbers")
+    for index in (0, 5, len(datasets[0]) - 1):
+        example = known.encode(datasets[0].sample(index))
+        batch = collate([example])
+        pixels = vlm.loaded.pictures.pixels([decode(image) for image in batch.images])
+        expected = reference_logprobs(vlm.scorer, replace(batch, pixels=pixels))
+        torch.testing.assert_close(batch.token_values[REFERENCE_LOGPROBS], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_known_is_not_computed_again_and_another_model_is(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, vlm, datasets, loader = _reference(files, tmp_path)
+    rows: list[int] = []
+    compute = precompute.reference_logprobs
+
+    def counting(scorer: Any, batch: Any) -> torch.Tensor:
+        rows.append(batch.num_rows)
+        return compute(scorer, batch)
+
+    monkeypatch.setattr(precompute, "reference_logprobs", counting)
+    _prepare(known, vlm, datasets, loader, tmp_path)
+    assert sum(rows) == 2 * len(datasets[0])
+    home = next(path for path in tmp_path.iterdir() if list(path.glob("*.done")))
+    for marker in home.glob("*.done"):
+        marker.unlink()  # as if it had been stopped at the very end
+    _prepare(known, vlm, datasets, loader, tmp_path)
+    assert sum(rows) == 2 * len(datasets[0])
+    next(vlm.loaded.model.parameters()).data.add_(0.1)
+    _prepare(known, vlm, datasets, loader, tmp_path)
+    assert sum(rows) == 4 * len(datasets[0])
+
+
+def test_a_row_that_changed_since_is_refused(files: Files, tmp_path: Path) -> None:
+    known, vlm, datasets, loader = _reference(files, tmp_path)
+    _prepare(known, vlm, datasets, loader, tmp_path)
+    plain = known.encode_plain
+    known.encode_plain = lambda sample: _with_other_answer(plain(sample))
+    with pytest.raises(ModelError, match=r"log-probabilities of this row are not known"):
+        known.encode(datasets[0].sample(0))
+
+
+def _with_other_answer(example: Any) -> Any:
+    first = replace(example.branches[0], input_ids=example.branches[0].input_ids + 1)
+    return replace(example, branches=(first, *example.branches[1:]))
