@@ -1,7 +1,8 @@
 """`make bench`: Triptych's steps against those of other tools, in turns, in one process a row; medians and ratios.
 
 Writes `benchmarks/results/latest.json`: {"machine", "rows": [{"name", "ours", "peer", "unit", "peer_name", "ratio",
-"memory_ratio", "n"}]}. A ratio above 1 means that we are faster; the memory ratio is our added peak over the peer's.
+"memory_ratio", "n"}]}. A ratio above 1 means that we are faster; the memory ratio is our added peak over the
+peer's, null where only time is compared.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import ROWS, Setting
+from benchmarks.row import Setting
+from benchmarks.rows import ROWS
 from benchmarks.timing import interleave
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,7 +57,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         "unit": row.unit,
         "peer_name": row.peer_name,
         "ratio": peer.median / ours.median,
-        "memory_ratio": ours.peak / peer.peak,
+        "memory_ratio": ours.peak / peer.peak if row.compares_memory else None,
         "ours_bytes": ours.peak,
         "peer_bytes": peer.peak,
         "n": repeats,
@@ -84,9 +86,9 @@ def write(result: dict[str, Any]) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
+    memory = "" if row["memory_ratio"] is None else f", {row['memory_ratio']:5.2f} of the memory"
     return (
-        f"{row['name']:20} {row['ours']:8.3f} s against {row['peer']:8.3f} s: {row['ratio']:5.2f} times as fast, "
-        f"{row['memory_ratio']:5.2f} of the memory"
+        f"{row['name']:20} {row['ours']:8.3f} s against {row['peer']:8.3f} s: {row['ratio']:5.2f} times as fast{memory}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,34 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import ours, peers
-from benchmarks.models import FULL, Scale, build_model, make_example
+from benchmarks.loading import LOADING
+from benchmarks.models import build_model, make_example
+from benchmarks.row import Build, Row, Setting
 from benchmarks.timing import Way
 from triptych.core.types import Batch, Example, PictureInput
 from triptych.data.collate import collate
 from triptych.models.components import find_components
 from triptych.models.features import FeatureCache
 from triptych.models.vlm import VlmScorer
-
-
-@dataclass(frozen=True)
-class Row:
-    """A comparison that is ready to run."""
-
-    ours: Way
-    peer: Way
-    peer_name: str
-    unit: str = "seconds a step"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where a row runs."""
-
-    scale: Scale = FULL
-    bf16: bool = False
-
-
-Build = Callable[[Setting], Row]
 
 
 def _sft(setting: Setting) -> tuple[nn.Module, VlmScorer, Batch]:
@@ -154,6 +135,7 @@ ROWS: Mapping[str, Build] = {
     "dpo_576": _dpo(576, full_logits=False),
     "dpo_576_full": _dpo(576, full_logits=True),
     "group8_576": group8_576,
+    **LOADING,
 }
 
 

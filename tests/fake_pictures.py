@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,12 @@ class FakePictures:
     def token_ids(self, width: int, height: int) -> list[int]:
         return [self.image_id] * ((width // 14) * (height // 14))
 
-    def pixels(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
+    def wanted_size(self, width: int, height: int) -> tuple[int, int]:
+        return self._size, self._size
+
+    def pixels(
+        self, pictures: Sequence[Image.Image], sizes: Sequence[tuple[int, int]] | None = None
+    ) -> dict[str, Tensor]:
         arrays = [np.asarray(picture.resize((self._size, self._size))) for picture in pictures]
         return {"pixel_values": torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255}
 

@@ -41,6 +41,10 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # What the package chose by itself is said too, in the way Python prints warnings where nothing else is set up.
+    logging.getLogger("triptych").setLevel(logging.INFO)
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(logging.INFO)
 
 
 @app.command()

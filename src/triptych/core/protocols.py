@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -169,8 +169,25 @@ class PictureProcessor(Protocol):
         """Token ids that one picture of this size becomes, markers included; replaces the placeholder at id level."""
         ...
 
-    def pixels(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
-        """Vision inputs for RGB pictures, in order, by the model's own argument names."""
+    def wanted_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) that a picture of this size is first resized to: pixels beyond it are not needed.
+
+        The size itself where the picture is not resized, or where it is not known what it is resized to.
+        """
+        ...
+
+    def pixels(
+        self, pictures: Sequence[Image.Image], sizes: Sequence[tuple[int, int]] | None = None
+    ) -> dict[str, Tensor]:
+        """Vision inputs for RGB pictures, in order, by the model's own argument names.
+
+        Those of several pictures are what `join_pixels` makes of those of each. May be called by several threads.
+
+        Args:
+            pictures: at least one.
+            sizes: (width, height) of each as it is stored, where it was decoded at a smaller one: what it becomes has
+                the shape, and so the number of tokens, of the stored picture. None: the sizes they have.
+        """
         ...
 
 

@@ -9,8 +9,9 @@ import base64
 import binascii
 import hashlib
 import io
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NoReturn
@@ -25,10 +26,16 @@ from triptych.core.types import ImageReference
 MAX_PIXELS = 89_478_485
 """Width x height above which a picture is refused as a decompression bomb (Pillow's own warning threshold)."""
 
+DRAFT_MARGIN, AVERAGE_MARGIN = 1.05, 2.0
+"""How much larger than wanted a picture at least is when it was decoded smaller, and when it was averaged. Averaging
+saves less and loses more. Exactly at the wanted size the resize that follows would have nothing left to average and
+let fine patterns through that it takes out of the whole picture (figures in docs/decisions.md)."""
+
 # Formats that decode in process. Pillow also opens EPS (runs Ghostscript) and others that no data set needs.
 _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 Image.init()
 _FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # AVIF and others depend on Pillow's build
+_DRAFTED = ("JPEG", "MPO")
 _ROTATED = frozenset({5, 6, 7, 8})
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 _DATA_URL = re.compile(r"^data:([^,]*),(.*)$", re.DOTALL)
@@ -104,8 +111,45 @@ def decode(reference: ImageReference) -> Image.Image:
     """
     with _opened(reference) as (image, _):
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        return _to_rgb(upright, reference)
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image, reference)
+
+
+def decode_reduced(
+    reference: ImageReference, wanted_size: Callable[[int, int], tuple[int, int]]
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode a picture at a half, a third, ... of its size, as small as what is made of it allows.
+
+    JPEGs are decoded at 1/2, 1/4 or 1/8, which saves most of their decoding. What still is, or in other formats is,
+    several times as large as needed is averaged over squares, which saves part of the resize that follows.
+
+    Args:
+        reference: the picture.
+        wanted_size: (width, height) of a picture -> that of the pixels made from it. Neither side of what is returned
+            is smaller than it times `DRAFT_MARGIN`, unless the picture itself is.
+
+    Returns:
+        As `decode`, with each side divided by a whole number and rounded up; and (width, height) of the whole picture.
+
+    Raises:
+        DataError: as `decode`; or what `wanted_size` raises.
+    """
+    with _opened(reference) as (image, _):
+        is_turned = image.format in _DRAFTED and image.getexif().get(ExifTags.Base.Orientation) in _ROTATED
+        stored = image.size
+        whole = stored[::-1] if is_turned else stored
+        if image.format in _DRAFTED:
+            least = _least_size(wanted_size, whole, DRAFT_MARGIN)
+            image.draft(None, least[::-1] if is_turned else least)
+        image.load()
+        is_drafted = image.size != stored
+        ImageOps.exif_transpose(image, in_place=True)
+        if not is_drafted:
+            whole = image.size
+        picture = _to_rgb(image, reference)
+    least = _least_size(wanted_size, whole, AVERAGE_MARGIN)
+    factor = min(picture.width // least[0], picture.height // least[1])
+    return (picture.reduce(factor) if factor > 1 else picture), whole
 
 
 def read_encoded(reference: ImageReference) -> bytes:
@@ -195,6 +239,13 @@ def _to_rgb(image: Image.Image, reference: ImageReference) -> Image.Image:
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
     return image.convert("RGB")
+
+
+def _least_size(
+    wanted_size: Callable[[int, int], tuple[int, int]], whole: tuple[int, int], margin: float
+) -> tuple[int, int]:
+    width, height = wanted_size(*whole)
+    return math.ceil(width * margin), math.ceil(height * margin)
 
 
 def _has_late_metadata(stream: IO[bytes]) -> bool:

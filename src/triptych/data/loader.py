@@ -20,15 +20,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
+import torch
 from PIL import Image
 from pydantic import BeforeValidator, Field, model_validator
+from torch import Tensor
 
 from triptych.core.config import Config
 from triptych.core.errors import CheckpointError, DataError, Problem
+from triptych.core.pixels import join_pixels
 from triptych.core.protocols import FeatureStore, PictureProcessor
 from triptych.core.types import Batch, Example, ImageReference, Origin, PictureInput, Sample, Window
 from triptych.data.collate import blank_example, collate, make_padding
-from triptych.data.images import decode, picture_key
+from triptych.data.decoders import Decoders
+from triptych.data.images import decode, decode_reduced, picture_key
 from triptych.data.mixture import Mixture
 from triptych.data.packing import Budget, split_examples
 from triptych.data.row_report import RowReport
@@ -88,8 +92,12 @@ class LoaderConfig(Config):
     matters where trees are not packed."""
     prefetch: int = Field(default=2, ge=0)
     """Windows prepared ahead in the background; 0 does all work when it is asked for."""
-    decode_threads: int = Field(default=4, ge=1)
-    """Threads that decode the pictures of a batch."""
+    decode: Literal["full", "draft"] = "full"
+    """`draft` decodes pictures at a half, a third, ... of their size where that is more than the model takes: faster,
+    and on photographs one or two of 255 levels off the whole pictures on average. It changes no number of tokens."""
+    decode_threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Threads that decode the pictures of a batch and make pixels of them; `auto` tries several on the first batches
+    and takes the fastest. It changes no pixel."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """`skip` leaves out rows that cannot be used and reports them; it decodes pictures twice in the first epoch."""
     report: Path | None = None
@@ -157,7 +165,7 @@ class Loader:
         self._files = [dict(dataset.fingerprint()) for dataset in datasets]
         self._yielded = 0
         self._decoded: set[tuple[object, ...]] = set()
-        self._decoders = ThreadPoolExecutor(config.decode_threads, "triptych-decode")
+        self._decoders = Decoders(config.decode_threads)
         self._pixels = _PixelPrefetch(self._make_pixels, config.prefetch > 0)
 
     @property
@@ -311,20 +319,33 @@ class Loader:
                 f"{batch.origins[0]} has pictures, but the model takes text alone", remedy="drop the rows with pictures"
             )
         rows = {image: row for row in reversed(range(batch.num_rows)) for image in batch.row_images[row]}
-        origins = [batch.origins[rows[image]] for image in range(len(batch.images))]
+        jobs = [(reference, batch.origins[rows[image]]) for image, reference in enumerate(batch.images)]
+        # One by one, so that whole pictures are gone as soon as their pixels are made, and all threads do both.
         if self._store is not None:
-            return {"picture_inputs": tuple(self._decoders.map(self._make_input, batch.images, origins))}
-        return {"pixels": self._pictures.pixels(list(self._decoders.map(_decode_for, batch.images, origins)))}
+            return {"picture_inputs": tuple(self._decoders.map(self._make_input, jobs))}
+        return {"pixels": _pinned(join_pixels(self._decoders.map(self._make_one, jobs)))}
 
-    def _make_input(self, reference: ImageReference, origin: Origin) -> PictureInput:
+    def _make_input(self, job: tuple[ImageReference, Origin]) -> PictureInput:
         """What the store knows of a picture, or its pixels."""
-        assert self._store is not None and self._pictures is not None
+        assert self._store is not None
+        reference, origin = job
         with at_row(origin):
-            key = picture_key(reference)
+            # Whole and reduced pictures have features of their own; held-out rows share the store and are whole.
+            key = picture_key(reference) + ("" if self._config.decode == "full" else f" {self._config.decode}")
         features = self._store.get(key)
         if features is not None:
             return PictureInput(key, features=features)
-        return PictureInput(key, pixels=self._pictures.pixels([_decode_for(reference, origin)]))
+        return PictureInput(key, pixels=_pinned(self._make_one(job)))
+
+    def _make_one(self, job: tuple[ImageReference, Origin]) -> dict[str, Tensor]:
+        """The pixels of a picture of this row."""
+        assert self._pictures is not None
+        reference, origin = job
+        if self._config.decode == "full":
+            return self._pictures.pixels([_decode_for(reference, origin)])
+        with at_row(origin):
+            picture, whole = decode_reduced(reference, self._pictures.wanted_size)
+        return self._pictures.pixels([picture], [whole])
 
 
 class _PixelPrefetch:
@@ -380,6 +401,12 @@ class _PixelPrefetch:
     def _make_first(self, following: Future[_Prepared]) -> dict[str, Any]:
         batches = [batch for batch in following.result().window.batches if batch.images]
         return self._make(batches[0]) if batches else {}
+
+
+def _pinned(pixels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In page-locked memory, from which a CUDA device copies while it computes; as they are where none is in use."""
+    # The model was put on its device before pixels are asked for.
+    return {name: value.pin_memory() for name, value in pixels.items()} if torch.cuda.is_initialized() else pixels
 
 
 def _decode_for(reference: ImageReference, origin: Origin) -> Image.Image:

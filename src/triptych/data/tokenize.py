@@ -60,10 +60,10 @@ class Row:
 
     def append(self, ids: Sequence[int], segment: Segment) -> None:
         """Add tokens that belong to `segment`."""
-        # Nothing predicts the first token of a row, so it cannot be learned.
-        for token in ids:
-            self.labels.append(token if segment.supervised and self.ids else IGNORE)
-            self.ids.append(token)
+        self.labels += ids if segment.supervised else [IGNORE] * len(ids)
+        if not self.ids:
+            self.labels[:1] = [IGNORE] * len(ids[:1])  # nothing predicts the first token of a row: it cannot be learned
+        self.ids += ids
         self.kinds += [int(segment.kind)] * len(ids)
         self.weights += [segment.weight] * len(ids)
 

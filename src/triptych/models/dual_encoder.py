@@ -8,7 +8,7 @@ token, not the mean over tokens that sentence-transformers uses, because no stan
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from triptych.core.protocols import PictureProcessor
 from triptych.core.types import Batch, Scores
 from triptych.models.components import Components, check_coverage, find_layers, fixed_text_length
 from triptych.models.connectors.initialise import initialise_linear
+from triptych.models.picture_values import Size, SizedPixels
 from triptych.models.towers import (
     TextConfig,
     VisionConfig,
@@ -113,7 +114,7 @@ class DualPictures:
     """The picture side of a dual encoder: pixels of one size, and no place in the text."""
 
     def __init__(self, image_processor: Any) -> None:
-        self._image_processor = image_processor
+        self._sized = SizedPixels(image_processor)
 
     @property
     def placeholder(self) -> str:
@@ -124,9 +125,13 @@ class DualPictures:
         """No tokens."""
         return []
 
-    def pixels(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
+    def wanted_size(self, width: int, height: int) -> Size:
+        """Before a centre crop, if there is one."""
+        return self._sized.wanted_size(width, height)
+
+    def pixels(self, pictures: Sequence[Image.Image], sizes: Sequence[Size] | None = None) -> dict[str, Tensor]:
         """`pixel_values` [N, channels, height, width] of N RGB pictures."""
-        return {"pixel_values": self._image_processor(images=pictures, return_tensors="pt")["pixel_values"]}
+        return self._sized.pixels(pictures, sizes)
 
 
 class DualEncoderScorer(nn.Module):

@@ -7,7 +7,7 @@ families cannot be constructed without video libraries. What a picture becomes e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,10 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from triptych.core.errors import DataError, ModelError, Problem
 from triptych.core.protocols import PictureProcessor
 from triptych.models.components import PictureKind, picture_kind
+from triptych.models.picture_values import PictureValues, Size, SizedPixels, agree, crops, prepare_all
 
 PICTURE_TILES = "num_patches"
 """Key of `pixels` that is no model input: [N] int64 tiles of each picture, where one picture fills several entries."""
@@ -59,7 +62,7 @@ class FixedPictures:
         Raises:
             ModelError: the image processor leaves pictures different sizes.
         """
-        size = image_processor.crop_size if _crops(image_processor) else image_processor.size
+        size = image_processor.crop_size if crops(image_processor) else image_processor.size
         if not (size and size.get("height") and size.get("width")):
             raise ModelError(
                 Problem(
@@ -68,7 +71,7 @@ class FixedPictures:
                     remedy="give `size` a height and a width, or switch `do_center_crop` on",
                 )
             )
-        self._image_processor = image_processor
+        self._sized = SizedPixels(image_processor)
         self._image_token_id = int(config.image_token_id)
         self._placeholder = _token(tokenizer, self._image_token_id)
         self._count = self._measure(config)
@@ -82,9 +85,13 @@ class FixedPictures:
         """The image token, once for each feature."""
         return [self._image_token_id] * self._count
 
-    def pixels(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
+    def wanted_size(self, width: int, height: int) -> Size:
+        """Before a centre crop, if there is one."""
+        return self._sized.wanted_size(width, height)
+
+    def pixels(self, pictures: Sequence[Image.Image], sizes: Sequence[Size] | None = None) -> dict[str, Tensor]:
         """`pixel_values` [N, 3, H, W]."""
-        return {"pixel_values": self._image_processor(pictures, return_tensors="pt")["pixel_values"]}
+        return self._sized.pixels(pictures, sizes)
 
     def _measure(self, config: PreTrainedConfig) -> int:
         """Features of one picture, from the shapes of a tower without weights.
@@ -126,6 +133,10 @@ class GridPictures:
         self._image_processor = image_processor
         self._ids = (config.vision_start_token_id, config.image_token_id, config.vision_end_token_id)
         self._placeholder = "".join(_token(tokenizer, index) for index in self._ids)
+        self._values = PictureValues(image_processor)
+        is_known = image_processor.do_resize and agree(self._prepare, self._prepare_as_they_do)
+        self._preparation = self._prepare if is_known else self._prepare_as_they_do
+        self._reduces = is_known
 
     @property
     def placeholder(self) -> str:
@@ -147,9 +158,31 @@ class GridPictures:
         start, image, end = self._ids
         return [start, *[image] * (patches // self._image_processor.merge_size**2), end]
 
-    def pixels(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
+    def pixels(self, pictures: Sequence[Image.Image], sizes: Sequence[Size] | None = None) -> dict[str, Tensor]:
         """`pixel_values` [patches of all pictures, values of a patch], `image_grid_thw` [N, 3]."""
-        prepared = self._image_processor(pictures, return_tensors="pt")
+        return prepare_all(self._preparation, pictures, sizes)
+
+    def wanted_size(self, width: int, height: int) -> Size:
+        """Whole merged patches, as many pixels as the image processor's limits allow."""
+        return self._resized_to(width, height) if self._reduces else (width, height)
+
+    def _resized_to(self, width: int, height: int) -> Size:
+        processor = self._image_processor
+        factor = processor.patch_size * processor.merge_size
+        limits = {"min_pixels": processor.size["shortest_edge"], "max_pixels": processor.size["longest_edge"]}
+        new_height, new_width = smart_resize(height, width, factor, **limits)
+        return new_width, new_height
+
+    def _prepare(self, picture: Image.Image, size: Size) -> dict[str, Tensor]:
+        processor = self._image_processor
+        values = self._values.normalise(self._values.resize(picture, self._resized_to(*size), size)).numpy()
+        patches, rows, columns = processor.patchify(
+            values, processor.patch_size, processor.merge_size, processor.temporal_patch_size
+        )
+        return {"pixel_values": torch.from_numpy(patches), "image_grid_thw": torch.tensor([[1, rows, columns]])}
+
+    def _prepare_as_they_do(self, picture: Image.Image, size: Size) -> dict[str, Tensor]:
+        prepared = self._image_processor([picture], return_tensors="pt")
         return {name: prepared[name] for name in ("pixel_values", "image_grid_thw")}
 
 
@@ -166,6 +199,11 @@ class MarkedTilePictures:
         self._count = (self._tile // config.vision_config.patch_size) ** 2 // config.scale_factor**2
         self._encode = lru_cache(maxsize=256)(self._encode_grid)
         self._tokenizer = tokenizer
+        self._values = PictureValues(image_processor)
+        # A narrow probe: a square one would be cut into a tile for every corner of the largest picture.
+        is_known = agree(self._prepare, self._prepare_as_they_do, [(80, 9)])
+        self._preparation = self._prepare if is_known else self._prepare_as_they_do
+        self._reduces = is_known and image_processor.do_resize
         if len(self.token_ids(1, 1)) < self._count:
             raise ModelError(Problem("the tokenizer merges image tokens", remedy="use the tokenizer of the checkpoint"))
 
@@ -188,8 +226,7 @@ class MarkedTilePictures:
         if not processor.do_image_splitting:
             return 0, 0
         if processor.do_resize:
-            width, height = _fit_longest(width, height, int(processor.size["longest_edge"]))
-            width, height = _limit_longest(width, height, self.MAX_SIDE)
+            width, height = self._resized_to(width, height)
         aspect = width / height
         if width >= height:
             width = math.ceil(width / tile) * tile
@@ -199,9 +236,32 @@ class MarkedTilePictures:
             width = math.ceil(int(height * aspect) / tile) * tile
         return (height // tile, width // tile) if max(width, height) > tile else (0, 0)
 
-    def pixels(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
+    def pixels(self, pictures: Sequence[Image.Image], sizes: Sequence[Size] | None = None) -> dict[str, Tensor]:
         """`pixel_values` [N, most tiles, 3, H, W], zeros where a picture has fewer, and `pixel_attention_mask`."""
-        prepared = self._image_processor([[picture] for picture in pictures], return_tensors="pt")
+        return prepare_all(self._preparation, pictures, sizes)
+
+    def wanted_size(self, width: int, height: int) -> Size:
+        """The longest side of the image processor; what is cut into tiles is made larger from that."""
+        return self._resized_to(width, height) if self._reduces else (width, height)
+
+    def _resized_to(self, width: int, height: int) -> Size:
+        width, height = _fit_longest(width, height, int(self._image_processor.size["longest_edge"]))
+        return _limit_longest(width, height, self.MAX_SIDE)
+
+    def _prepare(self, picture: Image.Image, size: Size) -> dict[str, Tensor]:
+        if self._image_processor.do_resize:
+            picture = self._values.resize(picture, self._resized_to(*size), size)
+        rows, columns = self.grid(*size)
+        whole = self._values.resize(picture, (max(1, columns) * self._tile, max(1, rows) * self._tile))
+        tiles = _cut(self._values.normalise(whole), self._tile, self._tile)
+        if rows:
+            small = self._values.normalise(self._values.resize(whole, (self._tile, self._tile)))
+            tiles = torch.cat([tiles, small[None]])
+        mask = torch.ones(1, len(tiles), self._tile, self._tile, dtype=torch.int64)
+        return {"pixel_values": tiles[None], "pixel_attention_mask": mask}
+
+    def _prepare_as_they_do(self, picture: Image.Image, size: Size) -> dict[str, Tensor]:
+        prepared = self._image_processor([[picture]], return_tensors="pt")
         return {name: prepared[name] for name in ("pixel_values", "pixel_attention_mask")}
 
     def _encode_grid(self, rows: int, columns: int) -> tuple[int, ...]:
@@ -232,6 +292,10 @@ class TilePictures:
         rows = int(image_processor.size["height"] // patch_height * config.downsample_ratio)
         columns = int(image_processor.size["width"] // patch_width * config.downsample_ratio)
         self._count = rows * columns
+        self._values = PictureValues(image_processor)
+        is_known = image_processor.do_resize and agree(self._prepare, self._prepare_as_they_do)
+        self._preparation = self._prepare if is_known else self._prepare_as_they_do
+        self._reduces = is_known
 
     @property
     def placeholder(self) -> str:
@@ -244,10 +308,37 @@ class TilePictures:
         start, image, end = self._ids
         return [start, *[image] * (tiles * self._count), end]
 
-    def pixels(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
+    def pixels(self, pictures: Sequence[Image.Image], sizes: Sequence[Size] | None = None) -> dict[str, Tensor]:
         """`pixel_values` [tiles of all pictures, 3, H, W] and the tiles of each picture."""
+        return prepare_all(self._preparation, pictures, sizes)
+
+    def wanted_size(self, width: int, height: int) -> Size:
+        """All tiles together; the thumbnail is smaller."""
+        if not self._reduces:
+            return width, height
+        columns, rows = self._grid(width, height)
+        return columns * int(self._image_processor.size["width"]), rows * int(self._image_processor.size["height"])
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        """Columns and rows of tiles."""
+        processor = self._image_processor
+        tile = (processor.size["height"], processor.size["width"])
+        columns, rows = get_optimal_tiled_canvas((height, width), tile, processor.min_patches, processor.max_patches)
+        return columns, rows
+
+    def _prepare(self, picture: Image.Image, size: Size) -> dict[str, Tensor]:
+        columns, rows = self._grid(*size)
+        width, height = int(self._image_processor.size["width"]), int(self._image_processor.size["height"])
+        whole = self._values.resize(picture, (columns * width, rows * height), size)
+        tiles = _cut(self._values.normalise(whole), width, height)
+        if len(tiles) > 1:
+            thumbnail = self._values.normalise(self._values.resize(picture, (width, height), size))
+            tiles = torch.cat([tiles, thumbnail[None]])
+        return {"pixel_values": tiles, PICTURE_TILES: torch.tensor([len(tiles)])}
+
+    def _prepare_as_they_do(self, picture: Image.Image, size: Size) -> dict[str, Tensor]:
         # The combined processor always splits, whatever the image processor's own setting says.
-        prepared = self._image_processor(pictures, crop_to_patches=True, return_tensors="pt")
+        prepared = self._image_processor([picture], crop_to_patches=True, return_tensors="pt")
         return {"pixel_values": prepared["pixel_values"], PICTURE_TILES: torch.as_tensor(prepared["num_patches"])}
 
 
@@ -257,7 +348,8 @@ class WrappedPictures:
     def __init__(self, image_processor: Any, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
         blank = tokenizer.encode("\n\n", add_special_tokens=False)
         images = [int(config.image_token_id)] * int(config.mm_tokens_per_image)
-        self._image_processor = image_processor
+        # No extra crops, as the combined processor's default.
+        self._sized = SizedPixels(image_processor, do_pan_and_scan=False)
         self._placeholder = _token(tokenizer, config.boi_token_index)
         self._ids = [*blank, int(config.boi_token_index), *images, int(config.eoi_token_index), *blank]
 
@@ -270,10 +362,19 @@ class WrappedPictures:
         """Blank line, start marker, image tokens, end marker, blank line."""
         return list(self._ids)
 
-    def pixels(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
-        """`pixel_values` [N, 3, H, W]; no extra crops (`do_pan_and_scan`), as the combined processor's default."""
-        prepared = self._image_processor(pictures, do_pan_and_scan=False, return_tensors="pt")
-        return {"pixel_values": prepared["pixel_values"]}
+    def wanted_size(self, width: int, height: int) -> Size:
+        """The same for every picture."""
+        return self._sized.wanted_size(width, height)
+
+    def pixels(self, pictures: Sequence[Image.Image], sizes: Sequence[Size] | None = None) -> dict[str, Tensor]:
+        """`pixel_values` [N, 3, H, W]."""
+        return self._sized.pixels(pictures, sizes)
+
+
+def _cut(whole: Tensor, width: int, height: int) -> Tensor:
+    """Tiles [N, 3, height, width] of a picture [3, H, W], row by row."""
+    rows, columns = whole.shape[1] // height, whole.shape[2] // width
+    return whole.reshape(3, rows, height, columns, width).permute(1, 3, 0, 2, 4).reshape(-1, 3, height, width)
 
 
 def _fit_longest(width: int, height: int, longest: int) -> tuple[int, int]:
@@ -295,10 +396,6 @@ def _limit_longest(width: int, height: int, longest: int) -> tuple[int, int]:
     elif height > width and height > longest:
         width, height = int(longest * aspect), longest
     return max(width, 1), max(height, 1)
-
-
-def _crops(image_processor: Any) -> bool:
-    return bool(image_processor.to_dict().get("do_center_crop"))
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, index: int) -> str:

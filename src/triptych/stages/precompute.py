@@ -89,7 +89,12 @@ class PrecomputedReference:
             config: how rows are batched in training; bad rows are treated as there.
             folder: where the numbers are kept, each model in a folder of its own.
         """
-        settings = {**self.settings, "precision": runtime.precision, "torch": torch.__version__}
+        settings = {
+            **self.settings,
+            "decode": config.decode,
+            "precision": runtime.precision,
+            "torch": torch.__version__,
+        }
         home = folder / tower_key(scorer.state_dict(), settings)
         store = FeatureCache(home)
         finished = home / f"{self._data_key(datasets)}.done"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 from triptych.core.errors import DataError
 from triptych.core.types import ImageReference
-from triptych.data.images import MAX_PIXELS, decode, picture_key, read_size, resolve_image
+from triptych.data.images import DRAFT_MARGIN, MAX_PIXELS, decode, decode_reduced, picture_key, read_size, resolve_image
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> ImageReference:
@@ -209,6 +210,98 @@ class TestRefuse:
     def test_a_file_that_went_away(self) -> None:
         with pytest.raises(DataError, match="cannot be decoded"):
             decode(ImageReference(path="/nowhere/1.png", name="1.png"))
+
+
+def _photo(width: int = 640, height: int = 480) -> Image.Image:
+    """Shapes of every size under some grain, as in photographs."""
+    draw = np.random.default_rng(0)
+    total = np.full((height, width, 3), 128.0)
+    for cells, contrast in ((6, 60), (24, 30), (96, 20), (height, 8)):
+        levels = draw.normal(0, contrast, (cells, cells * width // height, 3)) + 128
+        coarse = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+        total += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)) - 128.0
+    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
+
+
+class TestDecodeReduced:
+    @pytest.mark.parametrize(
+        ("kind", "wanted", "expected"),
+        [
+            ("JPEG", (224, 224), (320, 240)),  # a half; a quarter would be lower than 224
+            ("JPEG", (100, 75), (160, 120)),
+            ("JPEG", (20, 15), (40, 30)),  # an eighth, 80 x 60, and half of that
+            ("JPEG", (310, 230), (640, 480)),  # 320 x 240 is within the margin of 5 %
+            ("JPEG", (900, 900), (640, 480)),
+            ("PNG", (100, 75), (214, 160)),  # a third, rounded up: twice what is wanted
+            ("PNG", (170, 120), (640, 480)),
+        ],
+    )
+    def test_sizes_by_hand(self, kind: str, wanted: tuple[int, int], expected: tuple[int, int]) -> None:
+        reference = encode(_photo(), kind)
+        asked: list[tuple[int, int]] = []
+
+        def wanted_size(width: int, height: int) -> tuple[int, int]:
+            asked.append((width, height))
+            return wanted
+
+        picture, whole = decode_reduced(reference, wanted_size)
+        assert (picture.size, whole, picture.mode) == (expected, (640, 480), "RGB")
+        assert set(asked) == {(640, 480)}
+        if expected == (640, 480):
+            assert picture.tobytes() == decode(reference).tobytes()
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+    @pytest.mark.parametrize("side", [64, 112, 150, 224])
+    def test_what_is_made_of_it_differs_by_less_than_two_levels(self, kind: str, side: int) -> None:
+        reference = encode(_photo(), kind)
+        whole, (reduced, _) = decode(reference), decode_reduced(reference, lambda width, height: (side, side))
+        assert min(reduced.size) >= side * DRAFT_MARGIN
+        factor = math.ceil(640 / reduced.width)
+        box = (0, 0, 640 / factor, 480 / factor)  # the last column may stand for less than `factor`
+        expected = np.asarray(whole.resize((side, side), Image.Resampling.BICUBIC), np.float64)
+        found = np.asarray(reduced.resize((side, side), Image.Resampling.BICUBIC, box))
+        assert abs(expected - found).mean() <= 2
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_exif_rotation(self, kind: str, orientation: int) -> None:
+        stored = _photo(160, 80)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        reference = encode(stored, kind, exif=exif)
+        upright = decode(reference)
+        # Of the upright picture the width may be halved, the height (or, turned, the other) not beyond that.
+        wanted = {(160, 80): (40, 15), (80, 160): (20, 40)}
+        picture, whole = decode_reduced(reference, lambda width, height: wanted[width, height])
+        assert whole == upright.size == ((160, 80) if orientation < 5 else (80, 160))
+        assert picture.size == (whole[0] // 2, whole[1] // 2)
+        expected = np.asarray(upright.reduce(2), np.float64)
+        assert abs(expected - np.asarray(picture)).mean() < 6 < abs(expected - expected[::-1, ::-1]).mean()
+
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+    def test_a_file_cut_anywhere_gives_all_its_pixels_or_an_error(self, kind: str) -> None:
+        data = encode(_photo(160, 120), kind).data
+        assert data is not None
+
+        def read(length: int) -> bytes:
+            reference = ImageReference(data=data[:length])
+            return decode_reduced(reference, lambda width, height: (50, 40))[0].tobytes()
+
+        whole, outcomes = read(len(data)), []
+        for length in range(0, len(data), 97):
+            with contextlib.suppress(DataError):
+                outcomes.append(read(length) == whole)
+        assert all(outcomes) and len(outcomes) <= 1
+
+    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+    def test_a_bomb_is_refused_however_small_it_would_become(self) -> None:
+        data = encode(Image.new("RGB", (8, 8)), "JPEG").data
+        assert data is not None
+        frame = data.index(b"\xff\xc0") + 5  # marker, length, bits a value; then height and width
+        bomb = ImageReference(data=data[:frame] + struct.pack(">HH", 60_000, 60_000) + data[frame + 4 :])
+        with pytest.raises(DataError, match="decompression bomb"):
+            decode_reduced(bomb, lambda width, height: (1, 1))
 
 
 def test_equal_bytes_have_equal_keys(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -427,12 +428,87 @@ def test_passes_copies_and_new_iterations_get_their_own_pixels(tmp_path: Path, p
             check(loader, batch)
 
 
-def test_a_picture_that_breaks_when_decoded_names_its_row(picture: Path) -> None:
-    loader = make([Numbers("a", 2, picture=picture)], epochs=1)
+@pytest.mark.parametrize("decode", ["full", "draft"])
+def test_a_picture_that_breaks_when_decoded_names_its_row(picture: Path, decode: str) -> None:
+    loader = make([Numbers("a", 2, picture=picture)], epochs=1, decode=decode)
     window = next(loader.windows())
     picture.write_bytes(picture.read_bytes()[:40])
     with pytest.raises(DataError, match=r"a:1.*red.png"):
         loader.attach(window.batches[0])
+
+
+class SizedPictures(FakePictures):
+    """Remembers what it is given; may be called by several threads."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(NoTokenizer(), size)
+        self.given: list[tuple[tuple[int, int], list[tuple[int, int]] | None]] = []
+
+    def pixels(self, pictures: Any, sizes: Any = None) -> dict[str, torch.Tensor]:
+        self.given += [(picture.size, sizes) for picture in pictures]
+        return super().pixels(pictures, sizes)
+
+
+@pytest.mark.parametrize(
+    ("decode", "given"), [("full", ((64, 48), None)), ("draft", ((16, 12), [(64, 48)]))], ids=["full", "draft"]
+)
+def test_a_draft_is_decoded_as_small_as_the_model_allows(tmp_path: Path, decode: str, given: Any) -> None:
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (64, 48), (255, 0, 0)).save(path)
+    data, pictures = Numbers("a", 2, picture=path), SizedPictures(size=8)
+    config = LoaderConfig(global_batch=2, micro_batch=2, epochs=1, decode=decode)  # type: ignore[arg-type]
+    loader = Loader([data], Mixture([2], [None], 0), encode, pictures, config)
+    (window,) = loader.windows()
+    pixels = loader.attach(window.batches[0]).pixels
+    assert pixels is not None and pixels["pixel_values"].shape == (1, 3, 8, 8)
+    assert pictures.given == [given]
+
+
+def test_the_number_of_threads_changes_no_pixel_and_may_be_chosen(tmp_path: Path) -> None:
+    def run(threads: Any) -> list[torch.Tensor]:
+        loader = make_pictured(Pictured(30, tmp_path), decode_threads=threads, micro_batch=6, epochs=2, prefetch=1)
+        attached = [loader.attach(batch) for window in loader.windows() for batch in window.batches]
+        return [batch.pixels["pixel_values"] for batch in attached if batch.pixels is not None]
+
+    expected = run(1)
+    assert len(expected) > 6
+    for threads in (2, "auto"):
+        assert all(torch.equal(a, b) for a, b in zip(expected, run(threads), strict=True))
+    assert LoaderConfig(global_batch=1, micro_batch=1, epochs=1).decode_threads == "auto"
+    for wrong in (0, "many"):
+        with pytest.raises(ValidationError, match="decode_threads"):
+            LoaderConfig(global_batch=1, micro_batch=1, epochs=1, decode_threads=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("uses_cuda", [True, False])
+def test_pixels_are_pinned_where_cuda_is_used(picture: Path, uses_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Size] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.shape)
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: uses_cuda)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    loader = make([Numbers("a", 1, picture=picture)], epochs=1)
+    loader.attach(next(loader.windows()).batches[0])
+    assert pinned == ([torch.Size([1, 3, 2, 2])] if uses_cuda else [])
+
+
+def test_the_next_pixels_are_made_while_a_batch_is_used(picture: Path) -> None:
+    """So the time that the model computes is not waited for again: the share of time spent on data covers the rest."""
+    pictures = SizedPictures(size=2)
+    config = LoaderConfig(global_batch=2, micro_batch=1, epochs=1, seed=0, prefetch=1, rows_per_picture=1)
+    data = Numbers("a", 4, picture=picture)
+    loader = Loader([data], Mixture([4], [None], 0), encode, pictures, config)
+    iterator = loader.windows()
+    batches = [batch for window in itertools.islice(iterator, 2) for batch in window.batches if batch.images]
+    assert len(batches) == 2
+    end = time.monotonic() + 10
+    while not pictures.given and time.monotonic() < end:
+        time.sleep(0.01)  # nothing is attached meanwhile
+    assert pictures.given
+    iterator.close()  # type: ignore[attr-defined]
 
 
 # -- bad rows ----------------------------------------------------------------------------------------------------------
@@ -554,8 +630,8 @@ def test_pictures_that_a_store_knows_are_not_decoded(tmp_path: Path, prefetch: i
     store = Known(keys[1])
     options = LoaderConfig(global_batch=9, micro_batch=9, epochs=1, prefetch=prefetch)
     loader = Loader([data], Mixture([9], [None], 3), encode_pictured, PICTURES, options, store=store)
-    (window,) = loader.windows()
     files[1].write_bytes(files[1].read_bytes())  # the same bytes, so the same key
+    (window,) = loader.windows()
     batch = loader.attach(window.batches[0])
     assert batch.pixels is None and batch.picture_inputs is not None and len(batch.images) == 3
     for reference, item in zip(batch.images, batch.picture_inputs, strict=True):
@@ -565,3 +641,12 @@ def test_pictures_that_a_store_knows_are_not_decoded(tmp_path: Path, prefetch: i
         if item.pixels is not None:
             assert item.pixels["pixel_values"].shape == (1, 3, 2, 2)
     assert sorted(store.asked) == sorted(keys)
+
+
+def test_reduced_pictures_have_features_of_their_own(tmp_path: Path) -> None:
+    store = Known()
+    options = LoaderConfig(global_batch=3, micro_batch=3, epochs=1, decode="draft")
+    loader = Loader([Pictured(3, tmp_path)], Mixture([3], [None], 3), encode_pictured, PICTURES, options, store=store)
+    (window,) = loader.windows()
+    loader.attach(window.batches[0])
+    assert store.asked == [picture_key(ImageReference(path=str(tmp_path / "0.png"))) + " draft"]

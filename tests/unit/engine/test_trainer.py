@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from tests.unit.engine.toy_run import (
 )
 from triptych.core.errors import CheckpointError, DataError, TrainingError
 from triptych.core.protocols import Objective
-from triptych.core.types import ImageReference, Progress, StepRecord, Window
+from triptych.core.types import Batch, ImageReference, Progress, StepRecord, Window
 from triptych.engine.checkpoint import read
 from triptych.engine.trainer import FitResult
 
@@ -412,6 +413,28 @@ def test_a_window_without_weight_stops_the_run_unless_its_rows_were_skipped_and_
     assert len(caught.value.problems) == 1 + 4
 
     assert toy_trainer(tmp_path / "skipped", source=Emptied(is_skipped=True)).fit().progress.step == NUM_WINDOWS
+
+
+class Waiting(ToySource):
+    """Takes its time over the second window, and over every batch of the third."""
+
+    def windows(self) -> Iterator[Window]:
+        for window in super().windows():
+            time.sleep(0.1 * (window.index == 1))
+            self.slow = window.index == 2
+            yield window
+
+    def attach(self, batch: Batch) -> Batch:
+        time.sleep(0.1 * self.slow)
+        return super().attach(batch)
+
+
+def test_the_wait_for_windows_and_for_pixels_counts_as_time_for_data(tmp_path: Path) -> None:
+    watcher = Watcher()
+    toy_trainer(tmp_path, source=Waiting(), monitors=[watcher]).fit()
+    first, second, third = watcher.records[:3]
+    assert first.data_seconds < 0.1 <= second.data_seconds <= second.seconds
+    assert 0.1 <= third.data_seconds <= third.seconds
 
 
 class Failing(ToyEvaluator):

@@ -13,6 +13,8 @@ from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 
 from tests.tiny import FAMILIES, noise, tiny_family, tiny_siglip_processor, tiny_tokenizer, token_id
 from triptych.core.errors import DataError, ModelError
+from triptych.core.pixels import join_pixels
+from triptych.models.picture_values import SizedPixels
 from triptych.models.pictures import PICTURE_TILES, GridPictures, MarkedTilePictures, make_pictures, model_inputs
 
 EVERY = (*FAMILIES, "llava_clip")
@@ -124,6 +126,77 @@ def test_gemma3_equals_hugging_faces_processor() -> None:
     ours = [*tokenizer.encode("a"), *pictures.token_ids(50, 20), *tokenizer.encode("b")]
     assert encoded["input_ids"][0].tolist() == ours
     assert torch.equal(encoded["pixel_values"], pictures.pixels([picture])["pixel_values"])
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_pixels_are_those_of_the_image_processor_bit_for_bit(family: str) -> None:
+    model, tokenizer, image_processor = tiny_family(family)
+    pictures = make_pictures(model.config, image_processor, tokenizer)
+    for width, height in _sizes(10):
+        picture = noise(width, height)
+        options = {"crop_to_patches": True} if family == "internvl" else {}
+        given = [[picture]] if family in ("smolvlm", "idefics3") else [picture]
+        expected = image_processor(given, return_tensors="pt", **options)
+        found = pictures.pixels([picture])
+        for name, value in model_inputs(found).items():
+            assert torch.equal(value, expected[name]), (name, width, height)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_pixels_of_several_pictures_are_those_of_each_joined(family: str) -> None:
+    model, tokenizer, image_processor = tiny_family(family)
+    pictures = make_pictures(model.config, image_processor, tokenizer)
+    shown = [noise(width, height) for width, height in ((64, 32), (32, 32), (50, 70))]
+    together, joined = pictures.pixels(shown), join_pixels([pictures.pixels([picture]) for picture in shown])
+    assert together.keys() == joined.keys()
+    assert all(torch.equal(together[name], joined[name]) for name in joined)
+
+
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [
+        ("llava", (32, 32)),
+        ("llava_clip", (42, 32)),  # 40 / 30 x 32, rounded down; the centre is cut out afterwards
+        ("qwen2_5_vl", (64, 48)),  # within 64 x 64 pixels, whole patches of 16
+        ("smolvlm", (64, 48)),  # the longest side is 64
+        ("internvl", (64, 64)),  # 2 x 2 tiles of 32
+        ("gemma3", (32, 32)),
+    ],
+)
+def test_wanted_sizes_by_hand(family: str, size: tuple[int, int]) -> None:
+    model, tokenizer, image_processor = tiny_family(family)
+    assert make_pictures(model.config, image_processor, tokenizer).wanted_size(400, 300) == size
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_picture_decoded_smaller_becomes_what_the_whole_one_becomes(family: str) -> None:
+    """Of the whole picture's shape, even where its own size would give another one, and nearly the same values."""
+    model, tokenizer, image_processor = tiny_family(family)
+    pictures = make_pictures(model.config, image_processor, tokenizer)
+    for width, height in ((335, 201), (150, 409), (320, 320), (1001, 331)):
+        whole = noise(5, 5).resize((width, height))
+        wanted = pictures.wanted_size(width, height)
+        factor = int(min(width / wanted[0], height / wanted[1]))
+        assert factor >= 2
+        size = whole.size
+        expected, found = pictures.pixels([whole]), pictures.pixels([whole.reduce(factor)], [size])
+        assert all(expected[name].shape == found[name].shape for name in expected), (width, height)
+        assert (expected["pixel_values"] - found["pixel_values"]).abs().mean() < 0.05  # values reach from -2 to 2
+        features = _count_features(model, found)
+        assert pictures.token_ids(width, height).count(model.config.image_token_id) == features
+
+
+def test_settings_that_are_not_known_are_left_to_the_image_processor() -> None:
+    """Its own result, and no picture is decoded smaller."""
+    _, _, image_processor = tiny_family("llava")
+    image_processor.do_pad, image_processor.pad_size = True, {"height": 32, "width": 32}
+    image_processor.size = {"max_height": 32, "max_width": 32}
+    sized = SizedPixels(image_processor)
+    assert sized.wanted_size(400, 300) == (400, 300)
+    picture = noise(400, 300)
+    assert torch.equal(
+        sized.pixels([picture])["pixel_values"], image_processor([picture], return_tensors="pt")["pixel_values"]
+    )
 
 
 def test_tiles_follow_the_pixels_where_the_libraries_count_does_not() -> None:
