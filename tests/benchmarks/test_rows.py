@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from benchmarks.models import TINY
-from benchmarks.rows import ROWS, Setting
+from benchmarks.rows import Setting
+from benchmarks.table import ROWS, TARGETS
 from benchmarks.timing import PeakMemory, Way, interleave
 
 
@@ -19,7 +20,9 @@ def test_both_ways_have_the_same_loss_and_gradients(name: str) -> None:
         found.append((loss, {n: p.grad.clone() for n, p in way.model.named_parameters() if p.grad is not None}))
     (loss, ours), (other, peer) = found
     torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-6)
-    assert ours.keys() == peer.keys() and ours
+    assert ours.keys() == peer.keys() and bool(ours) == row.trains
+    if not row.trains:
+        return
     total = torch.stack([gradient.norm() for gradient in peer.values()]).norm()
     for key, gradient in peer.items():
         assert (ours[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * total, key
