@@ -16,7 +16,6 @@ from triptych.data.collate import collate
 from triptych.models.components import find_components
 from triptych.models.vlm import VlmScorer
 
-
 AS_RUN = "as users run it"
 WRITTEN_AGAIN = "its GPU algorithm, written again"
 """Where the peer's path on CPUs computes more than it does on GPUs."""

@@ -56,7 +56,7 @@ def sft_full_196_trl_as_run(setting: Setting) -> Row:
     return Row(
         training_way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
         Way("peer", step, model, trainer.create_optimizer()),
-        "trl.SFTTrainer.training_step, its activation checkpointing switched off; on CPUs its head scores every position",
+        "trl.SFTTrainer.training_step without activation checkpointing; on CPUs its head scores every position",
         peer_kind=AS_RUN,
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from benchmarks.models import TINY
 from benchmarks.rows import Setting
-from benchmarks.table import ROWS, TARGETS
+from benchmarks.table import ROWS
 from benchmarks.timing import PeakMemory, Way, interleave
 
 
