@@ -65,7 +65,7 @@ def curves(title: str, x_name: str, charts: Sequence[Chart]) -> str:
         for line in item.lines:
             parts.append(f'<path d="{line.path}" fill="none" stroke="{COLOURS[line.colour]}" stroke-width="2"/>')
         for line in item.lines:
-            parts.append(_text(LEFT + 10, TOP + 16 + 16 * line.colour, line.name, "start", COLOURS[line.colour]))
+            parts.append(_text(WIDTH - RIGHT - 40 * line.colour, 14, line.name, "end", COLOURS[line.colour], bold=True))
         parts += [_text(WIDTH - RIGHT, HEIGHT + 6, x_name, "end"), "</g>"]
     return _page(WIDTH * len(charts), HEIGHT + 14, title, parts)
 
@@ -91,7 +91,7 @@ def chart(title: str, series: Sequence[tuple[str, Points]]) -> Chart:
         if not marks or x(place) - marks[-1].at > 24:  # or the labels would overlap
             marks.append(Tick(x(place), f"{place:g}"))
     return Chart(
-        title, tuple(lines), tuple(marks), tuple(Tick(y(value), f"{value:g}") for value in ticks(0, y_most, 4))
+        title, tuple(lines), tuple(marks), tuple(Tick(y(value), f"{value:g}") for value in ticks(0, y_most, 5))
     )
 
 
