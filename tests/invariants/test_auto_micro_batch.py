@@ -30,7 +30,7 @@ MIB = 2**20
 def test_loss_and_gradients_do_not_depend_on_the_limit(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Meter, "measure", lambda meter, batch: int(batch.lengths.sum()) * MIB)
+    monkeypatch.setattr(Meter, "measure", lambda meter, *batches: int(batches[0].lengths.sum()) * MIB)
     files = write_files(tmp_path / "files")
     values, build = (tune, build_tune) if kind == "tune" else (preference, build_preference)
     changes = {

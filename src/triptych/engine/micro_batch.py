@@ -105,7 +105,7 @@ def find_room(scorer: nn.Module, runtime: Runtime, limit: float | str) -> Room:
 
 @dataclass(frozen=True)
 class Meter:
-    """Measures passes of single micro-batches."""
+    """Measures passes of micro-batches."""
 
     scorer: nn.Module
     """As `Runtime.wrap` returned it, in the mode it trains in."""
@@ -116,20 +116,22 @@ class Meter:
     reference: Reference | None
     runtime: Runtime
 
-    def measure(self, batch: Batch) -> int:
-        """Bytes that forward and backward over a light batch add at their peak, on the rank where they add most.
+    def measure(self, *batches: Batch) -> int:
+        """Bytes that forward and backward over light batches, one after the other, add at their peak, on the rank where
+        they add most.
 
-        Leaves gradients in place. Every rank must call it with an equal batch, since sharded weights are gathered.
+        Leaves gradients in place. Every rank must call it with equal batches, since sharded weights are gathered.
         """
-        plan = plan_window(self.objective, Window(0, 0.0, (batch,)), self.runtime, Progress(0, None))
-        feed = Feed(self.source, self.reference, self.runtime)
+        plan = plan_window(self.objective, Window(0, 0.0, batches), self.runtime, Progress(0, None))
+        feed, tally = Feed(self.source, self.reference, self.runtime), Tally(self.objective, plan)
         ahead = _PREFETCHED if self.runtime.device.type == "cpu" else 0
         with PeakMemory(self.runtime.device) as memory:
-            held = [self.source.attach(batch) for _ in range(ahead)]
-            # Not the last: gradients are not exchanged, as in all micro-batches of a step but one.
-            with self.runtime.synchronise(self.scorer, is_last=False):
-                run_micro_batch(self.scorer, feed, Tally(self.objective, plan), 0, plan.batches[0])
-            del held
+            for index, batch in enumerate(plan.batches):
+                held = [self.source.attach(batch) for _ in range(ahead)]
+                # Not the last: gradients are not exchanged, as in all micro-batches of a step but one.
+                with self.runtime.synchronise(self.scorer, is_last=False):
+                    run_micro_batch(self.scorer, feed, tally, index, batch)
+                del held
         return int(distributed.all_reduce_max(torch.tensor(memory.added, device=self.runtime.device)))
 
 
@@ -199,6 +201,25 @@ def grow(start: Sequence[Point], largest: int, measure: Callable[[int], Point], 
         if point.tokens > points[-1].tokens:
             points.append(point)
     return budget, points
+
+
+def confirm(budget: int, smallest: int, measure: Callable[[int], int], room: Room) -> Point:
+    """The largest budget, not above `budget`, at which several passes one after the other stay within their room.
+
+    On a CPU they need more than one pass does: what a heap has free is in pieces.
+
+    Args:
+        smallest: budget of a single row.
+        measure: budget -> bytes that passes add.
+
+    Raises:
+        TooLargeError: not even the smallest budget has room.
+    """
+    while (added := measure(budget)) > room.passes:
+        if budget == smallest:
+            raise TooLargeError(budget, added, is_measured=True)
+        budget = max(smallest, min(int(budget * room.passes / added), math.floor(budget / _STEP)))
+    return Point(budget, added)
 
 
 def predict(points: Sequence[Point], tokens: int) -> float:

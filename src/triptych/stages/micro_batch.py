@@ -14,7 +14,7 @@ from torch import nn
 
 from triptych.core.distributed import barrier, broadcast_object, is_main, world_size
 from triptych.core.errors import DataError, Problem, TrainingError
-from triptych.core.types import IGNORE, Example, ImageReference
+from triptych.core.types import IGNORE, Batch, Example, ImageReference
 from triptych.data.collate import collate
 from triptych.data.images import decode, read_encoded
 from triptych.data.loader import LoaderConfig
@@ -23,7 +23,17 @@ from triptych.data.sharing import Tree, find_trees, plant
 from triptych.engine.checkpoint import Checkpoints
 from triptych.engine.lock import locked
 from triptych.engine.memory import gibibytes
-from triptych.engine.micro_batch import Meter, Point, Room, TooLargeError, climb, find_room, grow, untouched_run
+from triptych.engine.micro_batch import (
+    Meter,
+    Point,
+    Room,
+    TooLargeError,
+    climb,
+    confirm,
+    find_room,
+    grow,
+    untouched_run,
+)
 from triptych.engine.parallel import Runtime
 from triptych.stages.build import Built, make_loader, make_mixture, resolved, settled
 from triptych.stages.recipe import StageRecipe
@@ -45,7 +55,7 @@ class Found:
     tokens: int
     """`loader.micro_batch_tokens` of the run."""
     added: int
-    """Bytes that the largest pass within it added at its peak."""
+    """Bytes that passes within it added at their peak."""
     reserved: int
     """Bytes of gradients and optimizer state."""
     limit: int
@@ -53,7 +63,7 @@ class Found:
     available: int
     """Bytes there were."""
     measured: tuple[tuple[int, int], ...]
-    """(tokens, bytes added) of each pass."""
+    """(tokens, bytes added) of the single passes that led to it."""
 
     def __str__(self) -> str:
         sizes = [gibibytes(size) for size in (self.added, self.reserved, self.limit, self.available)]
@@ -133,13 +143,13 @@ def find_tokens(recipe: StageRecipe, built: Built, runtime: Runtime, scorer: nn.
             first = passes.measure_budget(passes.cost([longest]))
             if first.added > room.passes:
                 raise TooLargeError(first.tokens, first.added, is_measured=True)
+            largest = passes.cost([longest] * share)
+            tokens, points = grow([*singles[:-1], first], largest, passes.measure_budget, room)
+            found = confirm(tokens, first.tokens, passes.measure_step, room)
         except TooLargeError as error:
             raise _no_room(longest, built.packed, room, error) from error
-        start = [*singles[:-1], first]
-        tokens, points = grow(start, passes.cost([longest] * share), passes.measure_budget, room)
-    added = max(point.added for point in points)
     measured = tuple((point.tokens, point.added) for point in points)
-    return Found(tokens, added, room.reserved, room.limit, room.available, measured)
+    return Found(found.tokens, found.added, room.reserved, room.limit, room.available, measured)
 
 
 def sample_rows(config: LoaderConfig, built: Built, share: int) -> tuple[list[Tree], list[Tree]]:
@@ -208,12 +218,11 @@ class Passes:
 
     def measure(self, trees: Sequence[Tree]) -> int:
         """Bytes that a micro-batch of trees adds, none of which shares anything with another."""
-        examples = [example for number, tree in enumerate(trees) for example in _copies(tree, number)]
-        return self._meter.measure(collate(examples))
+        return self._meter.measure(_batch(trees))
 
     def measure_budget(self, tokens: int) -> Point:
         """Fill a budget in each way that may be the worst."""
-        filled = [fill(kind, self._rows, replace(self._budget, tokens=tokens)) for kind in self._kinds]
+        filled = self._fill(tokens)
         added = [self.measure(trees) for trees in filled]
         point = Point(max(self.cost(trees) for trees in filled), max(added))
         if len(filled[0]) > 1:
@@ -222,6 +231,13 @@ class Passes:
                 kind for kind, bytes_ in zip(self._kinds, added, strict=True) if bytes_ + _NOISE > 0.9 * worst
             ]
         return point
+
+    def measure_step(self, tokens: int) -> int:
+        """Bytes that the micro-batches of a step add, full in each way that is still among the worst, and once more."""
+        return self._meter.measure(*(_batch(trees) for _ in range(2) for trees in self._fill(tokens)))
+
+    def _fill(self, tokens: int) -> list[list[Tree]]:
+        return [fill(kind, self._rows, replace(self._budget, tokens=tokens)) for kind in self._kinds]
 
 
 def fill(kind: Tree, rows: Sequence[Tree], budget: Budget) -> list[Tree]:
@@ -233,6 +249,10 @@ def fill(kind: Tree, rows: Sequence[Tree], budget: Budget) -> list[Tree]:
             chosen.append(tree)
             load = more
     return chosen
+
+
+def _batch(trees: Sequence[Tree]) -> Batch:
+    return collate([example for number, tree in enumerate(trees) for example in _copies(tree, number)])
 
 
 def _load(trees: Sequence[Tree]) -> Load:

@@ -21,6 +21,7 @@ from triptych.engine.micro_batch import (
     Room,
     TooLargeError,
     climb,
+    confirm,
     find_room,
     grow,
     predict,
@@ -103,6 +104,22 @@ def test_a_pass_that_needs_more_than_was_expected_is_not_adopted() -> None:
         return Point(tokens, 100 if tokens < 250 else 1000)
 
     assert grow([Point(100, 90)], 10_000, jump, room(500)) == (200, [Point(100, 90), Point(200, 100)])
+
+
+def test_a_budget_at_which_passes_in_turn_need_more_is_lowered() -> None:
+    """One pass adds 1 byte a token, several add 1.5."""
+    measured: list[int] = []
+
+    def measure(tokens: int) -> int:
+        measured.append(tokens)
+        return int(1.5 * tokens)
+
+    point = confirm(1000, 100, measure, room(1000))
+    assert point.tokens == pytest.approx(667, abs=1) and point.added <= 1000 and len(measured) <= 3
+    assert confirm(600, 100, measure, room(1000)) == Point(600, 900)
+    with pytest.raises(TooLargeError) as caught:
+        confirm(1000, 700, measure, room(1000))
+    assert (caught.value.tokens, caught.value.added) == (700, 1050)
 
 
 def test_prediction_is_exact_for_quadratic_and_above_linear_growth() -> None:

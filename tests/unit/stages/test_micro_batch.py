@@ -43,12 +43,12 @@ def recipe(files: Files, folder: Path, kind: str = "language", **changes: Any) -
 def a_mebibyte_a_token(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Passes are run, but their memory is 1 MiB for each token; the tokens of each pass."""
     passes: list[int] = []
-    measure: Callable[[Meter, Batch], int] = Meter.measure
+    measure: Callable[..., int] = Meter.measure
 
-    def known(meter: Meter, batch: Batch) -> int:
-        measure(meter, batch)
-        passes.append(int(batch.lengths.sum()))
-        return passes[-1] * MIB
+    def known(meter: Meter, *batches: Batch) -> int:
+        measure(meter, *batches)
+        passes.extend(int(batch.lengths.sum()) for batch in batches)
+        return max(passes[-len(batches) :]) * MIB
 
     monkeypatch.setattr(Meter, "measure", known)
     return passes
@@ -79,7 +79,7 @@ def test_a_run_equals_one_that_is_told_the_number(
     facts = json.loads((tmp_path / "run" / "facts.json").read_text())
     assert facts["micro_batch"] == found and "tuning" in facts
 
-    def refuse(meter: Meter, batch: Batch) -> int:
+    def refuse(meter: Meter, *batches: Batch) -> int:
         raise AssertionError("nothing is to be measured")
 
     monkeypatch.setattr(Meter, "measure", refuse)
@@ -221,9 +221,9 @@ class Seen:
         self.batches: list[Batch] = []
         self.added = added
 
-    def measure(self, batch: Batch) -> int:
-        self.batches.append(batch)
-        return self.added(batch)
+    def measure(self, *batches: Batch) -> int:
+        self.batches += batches
+        return max(map(self.added, batches))
 
 
 def tree(files: Files, folder: Path, *rows: dict[str, Any]) -> list[Tree]:
@@ -284,3 +284,5 @@ def test_every_kind_that_may_be_the_worst_is_measured_until_it_is_not(files: Fil
     seen.batches.clear()
     passes.measure_budget(6 * long.tokens)
     assert [len(batch.images) > 1 for batch in seen.batches] == [True]
+    seen.batches.clear()
+    assert passes.measure_step(6 * long.tokens) == by_picture(seen.batches[0]) and len(seen.batches) == 2
