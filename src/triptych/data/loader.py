@@ -27,8 +27,7 @@ from torch import Tensor
 
 from triptych.core.config import Config
 from triptych.core.errors import CheckpointError, DataError, Problem
-from triptych.core.pixels import join_pixels
-from triptych.core.protocols import FeatureStore, PictureProcessor
+from triptych.core.protocols import FeatureStore, PictureProcessor, join_pixels
 from triptych.core.types import Batch, Example, ImageReference, Origin, PictureInput, Sample, Window
 from triptych.data.collate import blank_example, collate, make_padding
 from triptych.data.decoders import Decoders

@@ -65,14 +65,17 @@ def _shared_length(first: Example, other: Example) -> int:
 
     Where pictures touch, their borders are not known and nothing is shared.
     """
+    ours, others = _identities(first), _identities(other)
+    if not ours or not others or ours[0] != others[0]:
+        return 0  # as found below, but most neighbours are about different pictures, and looking closer takes long
     runs = _picture_runs(first.trunk)
-    if not runs or not other.trunk.images:
+    if not runs:
         return 0
     limit = min(len(first.trunk.input_ids), len(other.trunk.input_ids))
     differs = (first.trunk.input_ids[:limit] != other.trunk.input_ids[:limit]).nonzero()
     length = int(differs[0]) if len(differs) else limit
     pictures = 0
-    for (start, stop), left, right in zip(runs, _identities(first), _identities(other), strict=False):
+    for (start, stop), left, right in zip(runs, ours, others, strict=False):
         if start >= length:
             break
         if left != right or stop > length:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend
 
-from triptych.core.pixels import join_pixels
+from triptych.core.protocols import join_pixels
 
 Size = tuple[int, int]
 """(width, height) in pixels."""

@@ -1,10 +1,11 @@
 import inspect
 
 import pytest
+import torch
 from pydantic import TypeAdapter
 
 from triptych.core import protocols
-from triptych.core.protocols import Objective, WindowObjective
+from triptych.core.protocols import Objective, WindowObjective, join_pixels
 from triptych.objectives import OBJECTIVES, ObjectiveConfig, build_objective
 
 
@@ -45,3 +46,15 @@ def test_every_protocol_method_says_what_it_does():
         for method, function in inspect.getmembers(protocol, inspect.isfunction):
             if method == "__call__" or not method.startswith("_"):
                 assert function.__doc__, f"{name}.{method}"
+
+
+def test_pictures_are_joined_in_order():
+    first, second = {"pixel_values": torch.ones(1, 3)}, {"pixel_values": torch.full((2, 3), 2.0)}
+    assert join_pixels([first, second])["pixel_values"].tolist() == [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
+
+
+def test_smaller_ones_are_padded_with_zeros_and_keep_their_type():
+    first, second = {"mask": torch.ones(1, 1, 2, dtype=torch.int64)}, {"mask": torch.ones(1, 2, 1, dtype=torch.int64)}
+    joined = join_pixels([first, second])["mask"]
+    assert joined.dtype == torch.int64
+    assert joined.tolist() == [[[1, 1], [0, 0]], [[1, 0], [1, 0]]]

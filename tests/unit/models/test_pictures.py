@@ -13,8 +13,7 @@ from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 
 from tests.tiny import FAMILIES, noise, tiny_family, tiny_siglip_processor, tiny_tokenizer, token_id
 from triptych.core.errors import DataError, ModelError
-from triptych.core.pixels import join_pixels
-from triptych.models.picture_values import SizedPixels
+from triptych.core.protocols import join_pixels
 from triptych.models.pictures import PICTURE_TILES, GridPictures, MarkedTilePictures, make_pictures, model_inputs
 
 EVERY = (*FAMILIES, "llava_clip")
@@ -184,19 +183,6 @@ def test_a_picture_decoded_smaller_becomes_what_the_whole_one_becomes(family: st
         assert (expected["pixel_values"] - found["pixel_values"]).abs().mean() < 0.05  # values reach from -2 to 2
         features = _count_features(model, found)
         assert pictures.token_ids(width, height).count(model.config.image_token_id) == features
-
-
-def test_settings_that_are_not_known_are_left_to_the_image_processor() -> None:
-    """Its own result, and no picture is decoded smaller."""
-    _, _, image_processor = tiny_family("llava")
-    image_processor.do_pad, image_processor.pad_size = True, {"height": 32, "width": 32}
-    image_processor.size = {"max_height": 32, "max_width": 32}
-    sized = SizedPixels(image_processor)
-    assert sized.wanted_size(400, 300) == (400, 300)
-    picture = noise(400, 300)
-    assert torch.equal(
-        sized.pixels([picture])["pixel_values"], image_processor([picture], return_tensors="pt")["pixel_values"]
-    )
 
 
 def test_tiles_follow_the_pixels_where_the_libraries_count_does_not() -> None:
