@@ -50,8 +50,8 @@ types: $(DEV)
 requirements: $(DEV)  ## which requirement rows the tests show
 	@$(BIN)/python -m tests.requirements_report $(ARGUMENTS)
 
-bench: $(DEV)
-	$(BIN)/python -m benchmarks $(ARGUMENTS)
+bench: $(DEV)  ## speed and memory against other tools, and docs/benchmarks.md; ARGUMENTS="names of rows" for a part
+	@$(BIN)/python -m benchmarks $(ARGUMENTS); status=$$?; $(BIN)/python -m benchmarks.report && exit $$status
 
 clean:  ## everything that can be made again; runs/ is yours
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache src/*.egg-info

@@ -21,6 +21,10 @@ class Scale:
     language: dict[str, int]
     vision: dict[str, int]
     patch: int = 16
+    pairs: int = 4096
+    """Pictures and captions of a contrastive step."""
+    pairs_together: int = 64
+    """Those of a micro-batch."""
 
 
 FULL = Scale(
@@ -46,6 +50,8 @@ TINY = Scale(
         "vocab_size": VOCABULARY,
     },
     vision={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    pairs=40,
+    pairs_together=16,
 )
 
 

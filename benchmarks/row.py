@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from benchmarks.models import FULL, Scale
 from benchmarks.timing import Way
 
+AS_RUN = "as users run it"
+WRITTEN_AGAIN = "its GPU algorithm, written again"
+"""Where the peer's path on CPUs computes more than it does on GPUs."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -17,6 +21,10 @@ class Row:
     peer: Way
     peer_name: str
     unit: str = "seconds a step"
+    peer_kind: str = WRITTEN_AGAIN
+    """`AS_RUN` or `WRITTEN_AGAIN`."""
+    trains: bool = True
+    """False where steps leave no gradients, such as generation: what they return must be equal."""
     compares_memory: bool = True
     """Whether the memory of both ways is put in relation."""
 

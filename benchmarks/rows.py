@@ -4,46 +4,83 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import ours, peers
-from benchmarks.loading import LOADING
 from benchmarks.models import build_model, make_example
-from benchmarks.row import Build, Row, Setting
+from benchmarks.row import AS_RUN, Build, Row, Setting
 from benchmarks.timing import Way
-from triptych.core.types import Batch, Example
+from triptych.core.types import Batch, Example, PictureInput
 from triptych.data.collate import collate
 from triptych.models.components import find_components
+from triptych.models.features import FeatureCache
 from triptych.models.vlm import VlmScorer
 
 
-def _sft(setting: Setting) -> tuple[nn.Module, VlmScorer, Batch]:
-    """Four rows, one question a picture, answers of uneven length; the tower rests."""
+def four_questions() -> list[Example]:
+    """One question a picture of 196 tokens, answers of uneven length."""
     generator = torch.Generator().manual_seed(1)
-    examples = [make_example(n, n, 196, 24, [(32, 24, 16, 8)[n]], generator) for n in range(4)]
-    return _prepare(setting, 196, examples)
+    return [make_example(n, n, 196, 24, [(32, 24, 16, 8)[n]], generator) for n in range(4)]
 
 
 def sft_full_196(setting: Setting) -> Row:
     """Against `transformers.Trainer`."""
-    model, scorer, batch = _sft(setting)
+    model, scorer, batch = prepare(setting, 196, four_questions())
     step, trainer = peers.hugging_face_trainer(model, batch, setting.bf16)
     return Row(
-        _way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
+        training_way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
         Way("peer", step, model, trainer.create_optimizer()),
         "transformers.Trainer.training_step: padded, attention mask, logits of every position",
+        peer_kind=AS_RUN,
     )
 
 
 def sft_full_196_trl(setting: Setting) -> Row:
     """Against what TRL does on GPUs."""
-    model, scorer, batch = _sft(setting)
+    model, scorer, batch = prepare(setting, 196, four_questions())
     return Row(
-        _way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
-        _way("peer", model, setting, lambda: peers.supervised_only(model, batch)),
+        training_way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
+        training_way("peer", model, setting, lambda: peers.supervised_only(model, batch)),
         "TRL's GPU algorithm written down again: padded, attention mask, logits of learned positions only",
+    )
+
+
+def align_196(setting: Setting) -> Row:
+    """Two passes over four pictures, the connector alone trained: the tower's states are kept in the first."""
+    model, scorer, batch = prepare(setting, 196, four_questions())
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    scorer.train()
+    assert batch.pixels is not None
+    new = [
+        PictureInput(str(key), {"pixel_values": item[None]}) for key, item in enumerate(batch.pixels["pixel_values"])
+    ]
+
+    def step(inputs: list[PictureInput]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+            loss = ours.supervised(scorer, replace(batch, pixels=None, picture_inputs=tuple(inputs)))
+        loss.backward()
+        return loss.detach()
+
+    def both() -> Tensor:
+        with TemporaryDirectory() as folder:
+            scorer.vision.store = store = FeatureCache(Path(folder))
+            first = step(new)
+            store.flush()
+            known = FeatureCache(Path(folder))
+            return first + step([PictureInput(item.key, features=known.get(item.key)) for item in new])
+
+    peer, trainer = peers.hugging_face_trainer(model, batch, setting.bf16)
+    return Row(
+        Way("ours", both, model, _optimizer(model)),
+        Way("peer", lambda: peer() + peer(), model, trainer.create_optimizer()),
+        "transformers.Trainer.training_step: padded, attention mask, logits of every position",
+        unit="seconds for two steps",
+        peer_kind=AS_RUN,
     )
 
 
@@ -51,10 +88,10 @@ def sft_tree8_576(setting: Setting) -> Row:
     """Eight questions of 28 tokens with answers of 32 about one picture of 576 tokens."""
     generator = torch.Generator().manual_seed(1)
     examples = [make_example(n, 0, 576, 28, [32], generator) for n in range(8)]
-    model, scorer, batch = _prepare(setting, 576, examples)
+    model, scorer, batch = prepare(setting, 576, examples)
     return Row(
-        _way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
-        _way("peer", model, setting, lambda: peers.supervised_only(model, batch)),
+        training_way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
+        training_way("peer", model, setting, lambda: peers.supervised_only(model, batch)),
         "TRL's GPU algorithm written down again, one row a question",
     )
 
@@ -63,11 +100,11 @@ def _dpo(image_tokens: int, full_logits: bool) -> Build:
     def build(setting: Setting) -> Row:
         generator = torch.Generator().manual_seed(1)
         examples = [make_example(n, n, image_tokens, 24, [60, 56], generator) for n in range(2)]
-        model, scorer, batch = _prepare(setting, image_tokens, examples)
+        model, scorer, batch = prepare(setting, image_tokens, examples)
         known = ours.with_reference(scorer, batch)
         return Row(
-            _way("ours", model, setting, lambda: ours.preference(scorer, known, 0.1)),
-            _way("peer", model, setting, lambda: peers.preference(model, batch, 0.1, full_logits)),
+            training_way("ours", model, setting, lambda: ours.preference(scorer, known, 0.1)),
+            training_way("peer", model, setting, lambda: peers.preference(model, batch, 0.1, full_logits)),
             "DPO with logits of every position and a reference pass (LLaMA-Factory's way) written down again"
             if full_logits
             else "TRL's GPU algorithm written down again: learned positions only, a reference pass each step",
@@ -80,11 +117,11 @@ def group8_576(setting: Setting) -> Row:
     """The update on eight samples of one prompt."""
     generator = torch.Generator().manual_seed(1)
     example = make_example(0, 0, 576, 28, [32] * 8, generator)
-    model, scorer, batch = _prepare(setting, 576, [example])
+    model, scorer, batch = prepare(setting, 576, [example])
     advantages = torch.linspace(-0.5, 1.5, 8)  # their sum is not 0, or the losses to compare would be
     return Row(
-        _way("ours", model, setting, lambda: ours.policy_gradient(scorer, batch, advantages)),
-        _way("peer", model, setting, lambda: peers.policy_gradient(model, batch, advantages)),
+        training_way("ours", model, setting, lambda: ours.policy_gradient(scorer, batch, advantages)),
+        training_way("peer", model, setting, lambda: peers.policy_gradient(model, batch, advantages)),
         "one row a sample, logits of learned positions only",
     )
 
@@ -93,30 +130,41 @@ ROWS: Mapping[str, Build] = {
     "sft_full_196": sft_full_196,
     "sft_full_196_trl": sft_full_196_trl,
     "sft_tree8_576": sft_tree8_576,
+    "align_196": align_196,
     "dpo_196": _dpo(196, full_logits=False),
     "dpo_576": _dpo(576, full_logits=False),
     "dpo_576_full": _dpo(576, full_logits=True),
     "group8_576": group8_576,
-    **LOADING,
 }
 
 
-def _prepare(setting: Setting, image_tokens: int, examples: Sequence[Example]) -> tuple[nn.Module, VlmScorer, Batch]:
+def prepare(setting: Setting, image_tokens: int, examples: Sequence[Example]) -> tuple[nn.Module, VlmScorer, Batch]:
+    """A model of which all but the tower trains, its scorer, and the examples as one batch."""
     model = build_model(setting.scale, image_tokens)
     model.model.vision_tower.requires_grad_(False)
     scorer = VlmScorer(model, find_components(model)).train()
-    batch = collate(examples)
+    return model, scorer, with_pixels(setting, image_tokens, collate(examples))
+
+
+def with_pixels(setting: Setting, image_tokens: int, batch: Batch) -> Batch:
+    """The batch with random pictures of so many tokens each."""
     side = round(image_tokens**0.5) * setting.scale.patch
     pixels = torch.randn(len(batch.images), 3, side, side, generator=torch.Generator().manual_seed(2))
-    return model, scorer, replace(batch, pixels={"pixel_values": pixels})
+    return replace(batch, pixels={"pixel_values": pixels})
 
 
-def _way(name: str, model: nn.Module, setting: Setting, loss: Callable[[], Tensor]) -> Way:
+def training_way(name: str, model: nn.Module, setting: Setting, loss: Callable[[], Tensor]) -> Way:
+    """Forward and backward of a loss, and a step of fused AdamW at a learning rate of 0."""
+
     def run() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
             value = loss()
         value.backward()
         return value.detach()
 
+    return Way(name, run, model, _optimizer(model))
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Way(name, run, model, torch.optim.AdamW(trained, lr=0.0, fused=True))
+    return torch.optim.AdamW(trained, lr=0.0, fused=True)

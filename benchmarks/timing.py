@@ -54,17 +54,18 @@ class Timing:
         return statistics.median(self.added)
 
 
-def interleave(ways: Sequence[Way], repeats: int, warm_up: int = 1) -> dict[str, Timing]:
+def interleave(ways: Sequence[Way], repeats: int, warm_up: int = 1, patience: float = PATIENCE) -> dict[str, Timing]:
     """Take the steps of all ways in turns, their order turned round each time.
 
     Args:
         repeats: timed turns.
         warm_up: turns before, which also make the optimizers' state.
+        patience: seconds to wait for a quiet machine before each step.
     """
     timings = {way.name: Timing() for way in ways}
     for turn in range(warm_up + repeats):
         for way in ways if turn % 2 == 0 else reversed(ways):
-            seconds, added, is_disturbed = _take_step(way)
+            seconds, added, is_disturbed = _take_step(way, patience)
             if turn >= warm_up:
                 timing = timings[way.name]
                 timing.seconds.append(seconds)
@@ -73,11 +74,11 @@ def interleave(ways: Sequence[Way], repeats: int, warm_up: int = 1) -> dict[str,
     return timings
 
 
-def _take_step(way: Way) -> tuple[float, int, bool]:
+def _take_step(way: Way, patience: float) -> tuple[float, int, bool]:
     way.model.zero_grad(set_to_none=True)
     gc.collect()
     _give_back()
-    is_disturbed = not _wait_until_quiet()
+    is_disturbed = not wait_until_quiet(patience)
     with PeakMemory() as memory:
         start = time.perf_counter()
         way.run()
@@ -123,8 +124,9 @@ class PeakMemory:
         self._peak = max(self._peak, self._process.memory_info().rss)
 
 
-def _wait_until_quiet() -> bool:
-    end = time.monotonic() + PATIENCE
+def wait_until_quiet(patience: float = PATIENCE) -> bool:
+    """Whether other processes left the processors alone within so many seconds."""
+    end = time.monotonic() + patience
     own = psutil.Process()
     count = psutil.cpu_count() or 1
     while True:

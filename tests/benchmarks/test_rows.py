@@ -7,7 +7,7 @@ import torch
 from benchmarks.loading import LOADING
 from benchmarks.models import TINY
 from benchmarks.row import Setting
-from benchmarks.rows import ROWS
+from benchmarks.table import ROWS
 from benchmarks.timing import PeakMemory, Way, interleave
 
 
@@ -21,7 +21,9 @@ def test_both_ways_have_the_same_loss_and_gradients(name: str) -> None:
         found.append((loss, {n: p.grad.clone() for n, p in way.model.named_parameters() if p.grad is not None}))
     (loss, ours), (other, peer) = found
     torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-6)
-    assert ours.keys() == peer.keys() and ours
+    assert ours.keys() == peer.keys() and bool(ours) == row.trains
+    if not row.trains:
+        return
     total = torch.stack([gradient.norm() for gradient in peer.values()]).norm()
     for key, gradient in peer.items():
         assert (ours[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * total, key
@@ -41,7 +43,7 @@ def test_ways_take_turns_and_their_memory_is_their_own() -> None:
 
         return Way(name, run, model)
 
-    timings = interleave([way("small", 1), way("large", 200)], repeats=3)
+    timings = interleave([way("small", 1), way("large", 200)], repeats=3, patience=0.0)
     assert taken == ["small", "large", "large", "small"] * 2
     assert len(timings["small"].seconds) == 3 and timings["small"].median > 0
     assert timings["large"].peak > 150 * 2**20 > 50 * 2**20 > timings["small"].peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.invariants.launch import launch
 from tests.recipes.tiny_recipes import tune, write_files
 
 
-def recipe(folder: Path, strategy: str) -> Path:
+def recipe(folder: Path, strategy: str, micro_batch: int | str = 2) -> Path:
     """Two steps in full, and with LoRA on the language model; no dropout, for it differs between processes."""
     values = tune(write_files(folder / "files"))
     model: dict[str, Any] = values["model"]
@@ -24,7 +25,7 @@ def recipe(folder: Path, strategy: str) -> Path:
     return write(
         folder / f"{strategy}.yaml",
         {"output": str(folder / strategy), **values},
-        loader={"global_batch": 8, "micro_batch": 2, "epochs": None, "steps": 2},
+        loader={"global_batch": 8, "micro_batch": micro_batch, "epochs": None, "steps": 2},
         tuning=[
             {"match": "vision", "method": "full"},
             {"match": "connector", "method": "full"},
@@ -54,3 +55,16 @@ def test_two_processes_end_with_the_model_of_one(strategy: str, tmp_path: Path) 
     adapters = [load_file(path) for path in sorted((tmp_path / strategy / "adapters").rglob("*.safetensors"))]
     assert adapters and all(item.isfinite().all() for weights in adapters for item in weights.values())
     AutoModelForImageTextToText.from_pretrained(tmp_path / strategy / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_agree_on_the_micro_batch_they_measure(strategy: str, tmp_path: Path) -> None:
+    file = recipe(tmp_path, strategy, "auto")
+    launch("triptych.cli", ["train", str(file)])
+    found = json.loads((tmp_path / strategy / "micro_batch.json").read_text())
+    expected = load_file(tmp_path / strategy / "model" / "model.safetensors")
+    told = ["loader.micro_batch=null", f"loader.micro_batch_tokens={found['tokens']}", f"output={tmp_path / 'told'}"]
+    launch("triptych.cli", ["train", str(file), *told])
+    for name, item in load_file(tmp_path / "told" / "model" / "model.safetensors").items():
+        assert torch.equal(item, expected[name]), name

@@ -32,10 +32,18 @@ def test_ten_kills(objective: str, server: CommandServer, tmp_path: Path) -> Non
     check_kills(objective, server, tmp_path, kills=10)
 
 
-def check_kills(objective: str, server: CommandServer, folder: Path, kills: int) -> None:
-    """Compare runs that were killed `kills` times in all with one that was not."""
+@pytest.mark.requirement("G-7")
+def test_kills_of_a_run_that_measures_its_micro_batch(server: CommandServer, tmp_path: Path) -> None:
+    """Also while it measures, which it then does once more."""
+    check_kills("language", server, tmp_path, kills=2, loader={"global_batch": 5, "micro_batch": "auto", "epochs": 2})
+    numbers = [json.loads(file.read_text())["tokens"] for file in tmp_path.glob("*/micro_batch.json")]
+    assert len(numbers) >= 2 and len(set(numbers)) == 1
+
+
+def check_kills(objective: str, server: CommandServer, folder: Path, kills: int, **changes: Any) -> None:
+    """Compare runs that were killed `kills` times in all with one that was not; `changes` are the recipe's."""
     files = write_files(folder / "files")
-    recipe = write_recipe(folder / "recipe.yaml", {"output": "unset", **RECIPES[objective](files)})
+    recipe = write_recipe(folder / "recipe.yaml", {"output": "unset", **RECIPES[objective](files), **changes})
     whole = folder / "whole"
     seconds = succeed(train(server, recipe, whole)).seconds
     assert (whole / "finished.json").is_file()

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from triptych.core.config import Config
@@ -58,13 +58,21 @@ class Rows(Protocol):
         ...
 
 
+def _check_micro_batch(value: object) -> object:
+    # Before the union, which would report one problem for each of its members.
+    if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"`{value}` is neither a number of samples, 1 or more, nor `auto`")
+
+
 class LoaderConfig(Config):
     """How rows become windows."""
 
     global_batch: int = Field(ge=1)
     """Samples of one optimizer step, all ranks together."""
-    micro_batch: int | None = Field(default=None, ge=1)
-    """Most samples of one forward pass on one rank; give this, `micro_batch_tokens`, or both."""
+    micro_batch: Annotated[int | Literal["auto"] | None, BeforeValidator(_check_micro_batch)] = None
+    """Most samples of one forward pass on one rank; give this, `micro_batch_tokens`, or both. `auto`: the largest
+    `micro_batch_tokens` whose measured memory stays under `train.memory_limit`, found when a run begins."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     """Most tokens of one forward pass on one rank, those that several rows share counted once; a longer row gets one
     of its own."""
@@ -105,6 +113,8 @@ class LoaderConfig(Config):
             raise ValueError("give exactly one of `epochs` and `steps`")
         if self.micro_batch is None and self.micro_batch_tokens is None:
             raise ValueError("give `micro_batch` (samples), `micro_batch_tokens`, or both")
+        if self.micro_batch == "auto" and self.micro_batch_tokens is not None:
+            raise ValueError("`micro_batch: auto` finds `micro_batch_tokens`: give one of them")
         return self
 
 
@@ -147,6 +157,7 @@ class Loader:
         self._config = config
         self._rank, self._world_size = share
         self._store = store
+        assert not isinstance(config.micro_batch, str), "`auto` is measured before the loader is made"
         self._budget = Budget(config.micro_batch, config.micro_batch_tokens, packed)
         self._windows_per_epoch = math.ceil(mixture.epoch_length / config.global_batch)
         self._report = RowReport(config.report) if config.report is not None else None

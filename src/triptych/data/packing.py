@@ -24,8 +24,11 @@ class Budget:
         """Whether this fits one micro-batch."""
         if self.examples is not None and load.examples > self.examples:
             return False
-        tokens = load.tokens if self.packed else load.rows * load.longest
-        return self.tokens is None or tokens <= self.tokens
+        return self.tokens is None or self.cost(load) <= self.tokens
+
+    def cost(self, load: Load) -> int:
+        """Tokens that are computed."""
+        return load.tokens if self.packed else load.rows * load.longest
 
 
 @dataclass(frozen=True)

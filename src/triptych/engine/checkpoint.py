@@ -50,6 +50,7 @@ MAY_CHANGE = (
     "train.log_every",
     "train.evaluate_every",
     "train.monitors",
+    "train.memory_limit",
     "loader.on_bad_row",
     "loader.prefetch",
     "features.folder",

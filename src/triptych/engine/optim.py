@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from triptych.core import distributed
 from triptych.core.config import Config, did_you_mean
 from triptych.core.errors import ConfigError, ModelError, Problem, TrainingError
 from triptych.core.types import ParameterGroup
+from triptych.engine.low_precision import LowPrecisionAdamW
 from triptych.engine.parallel import unwrap
 
 
@@ -28,6 +29,10 @@ class OptimizerConfig(Config):
     """Decay of the running mean and of the running square of the gradient."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the running square."""
+    bf16_weights: Literal["nearest", "stochastic", "master"] = "nearest"
+    """How the weights of a model with `dtype: bfloat16` take updates that are smaller than their type can hold.
+    `nearest` loses them; `stochastic` rounds up or down at random, exact on average; `master` keeps a float32 copy of
+    each (4 bytes a weight more). Gradients are bfloat16 all the same."""
     max_gradient_norm: float | None = Field(default=1.0, gt=0)
     """L2 norm the whole gradient is clipped to; null leaves it."""
     max_component_norms: dict[str, float] = Field(default={})
@@ -76,7 +81,7 @@ def bind_groups(module: nn.Module, groups: Sequence[ParameterGroup]) -> list[Par
 
 def build_optimizer(
     groups: Sequence[ParameterGroup], config: OptimizerConfig, global_batch: int | None = None
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW over component x decay.
 
     Each entry of `param_groups` has `name` (that of its ParameterGroup), `component`, `peak_lr` and `lr`; what
@@ -88,12 +93,12 @@ def build_optimizer(
         global_batch: samples of one optimizer step over all ranks; needed by `lr_scaling`.
 
     Raises:
-        ConfigError: a component to clip does not exist, or `lr_scaling` lacks a batch.
+        ConfigError: a component to clip does not exist, `lr_scaling` lacks a batch, or `bf16_weights` has no weights.
         TrainingError: nothing is trainable, or a parameter is in two groups.
     """
     _check_components(groups, config)
     factor = lr_factor(config, global_batch)
-    entries: list[dict[str, object]] = []
+    entries: list[dict[str, Any]] = []
     seen: dict[int, str] = {}
     for group in groups:
         split: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -120,7 +125,17 @@ def build_optimizer(
             )
     if not entries:
         raise TrainingError(Problem("nothing is trainable", key="tuning", remedy="add a rule that is not `frozen`"))
-    return torch.optim.AdamW(entries, betas=config.betas, eps=config.eps, fused=True)
+    if config.bf16_weights == "nearest":
+        return torch.optim.AdamW(entries, betas=config.betas, eps=config.eps, fused=True)
+    if not any(parameter.dtype == torch.bfloat16 for entry in entries for parameter in entry["params"]):
+        raise ConfigError(
+            Problem(
+                f"bf16_weights is `{config.bf16_weights}`, but no weight that is trained is bfloat16",
+                key="train.optimizer.bf16_weights",
+                remedy="set `dtype: bfloat16`, or leave it at `nearest`",
+            )
+        )
+    return LowPrecisionAdamW(entries, config.betas, config.eps, config.bf16_weights)
 
 
 def decays(name: str, parameter: Tensor) -> bool:

@@ -42,6 +42,9 @@ class RuntimeConfig(Config):
     activation_checkpointing: bool | tuple[int, ...] = False
     """Recompute blocks in the backward pass instead of keeping their activations: all, none, or the blocks at these
     0-based places in the model's list of blocks."""
+    compile: bool = False
+    """Compile each block with torch.compile, for shapes that change. The first step then takes a minute or more; needs
+    a C++ compiler on a CPU, triton on a GPU."""
 
 
 class Runtime:
@@ -89,6 +92,9 @@ class Runtime:
         units = [scorer.get_submodule(path) for path in blocks]
         for index in checkpointed_blocks(self.config.activation_checkpointing, len(units)):
             checkpoint(units[index])
+        if self.config.compile:
+            for unit in units:
+                unit.compile(dynamic=True)
         if self.strategy == "ddp":
             return self._wrap_ddp(scorer)
         if self.strategy == "fsdp":

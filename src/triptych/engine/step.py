@@ -49,13 +49,13 @@ def run_window(
     else:
         for index, batch in enumerate(plan.batches):
             with runtime.synchronise(scorer, is_last=index == len(plan.batches) - 1):
-                _run_micro_batch(scorer, feed, tally, index, batch)
+                run_micro_batch(scorer, feed, tally, index, batch)
     runtime.finish_gradients(scorer)
     return tally.finish(feed.seconds)
 
 
-def _run_micro_batch(scorer: nn.Module, feed: Feed, tally: Tally, index: int, batch: Batch) -> None:
-    """Forward and backward; everything it allocates, pixels included, is gone when it returns."""
+def run_micro_batch(scorer: nn.Module, feed: Feed, tally: Tally, index: int, batch: Batch) -> None:
+    """Forward and backward; everything it allocates but the gradients, pixels included, is gone when it returns."""
     batch = feed.prepare(batch)
     with feed.runtime.autocast():
         scores = scorer(batch)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
 
 from triptych.core.config import Config
+from triptych.engine.memory import check_limit
 from triptych.engine.monitors import MonitorConfig
 from triptych.engine.monitors.console import ConsoleConfig
 from triptych.engine.monitors.health import HealthConfig
@@ -27,6 +30,9 @@ class TrainConfig(Config):
     """Learning rate over the run."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Precision and parallelism."""
+    memory_limit: Annotated[float | str, BeforeValidator(check_limit)] = 0.7
+    """What `loader.micro_batch: auto` may let a step add to the memory of the loaded model, gradients and optimizer
+    state included: a share of what is available on the device when the run begins, or a size such as `6 GiB`."""
     save_every: int | None = Field(default=500, ge=1)
     """Steps between two checkpoints; null saves at the end (and the best) only."""
     keep_last: int = Field(default=3, ge=1)

@@ -121,16 +121,32 @@ def make_loader(
         packed: the model computes trees packed.
         store: knows what a frozen tower makes of pictures.
     """
-    mixture = Mixture(
+    mixture = make_mixture(datasets, config, by_picture=by_picture)
+    if config.report is None and output is not None:
+        config = config.model_copy(update={"report": output / ROW_REPORT})
+    return Loader(datasets, mixture, encode, pictures, config, (rank(), world_size()), packed, store)
+
+
+def make_mixture(datasets: Sequence[Dataset], config: LoaderConfig, *, by_picture: bool) -> Mixture:
+    """Which row comes when in training; arguments as for `make_loader`."""
+    return Mixture(
         [len(item) for item in datasets],
         [item.config.weight for item in datasets],
         config.seed,
         groups=(lambda: picture_groups(datasets)) if by_picture else None,
         piece_size=config.most_per_picture,
     )
-    if config.report is None and output is not None:
-        config = config.model_copy(update={"report": output / ROW_REPORT})
-    return Loader(datasets, mixture, encode, pictures, config, (rank(), world_size()), packed, store)
+
+
+def settled(config: LoaderConfig, tokens: int | None = None) -> LoaderConfig:
+    """The settings with a number in the place of `micro_batch: auto`.
+
+    Args:
+        tokens: what was found; None for a loader that yields no windows.
+    """
+    if config.micro_batch != "auto":
+        return config
+    return config.model_copy(update={"micro_batch": 1 if tokens is None else None, "micro_batch_tokens": tokens})
 
 
 def make_held_out_loader(
@@ -182,7 +198,7 @@ def preflight(recipe: StageRecipe, built: Built) -> None:
         built.datasets,
         built.encode,
         built.pictures,
-        recipe.loader,
+        settled(recipe.loader),
         None,
         by_picture=built.by_picture,
         packed=built.packed,

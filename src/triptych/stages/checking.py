@@ -19,6 +19,7 @@ from triptych.engine.state import seed_everything
 from triptych.stages.build import Built, preflight
 from triptych.stages.evaluating import EvaluationRecipe
 from triptych.stages.locate import in_recipe
+from triptych.stages.micro_batch import PLANNED
 from triptych.stages.pipeline import Stage, read_stages
 
 
@@ -55,6 +56,8 @@ def _check_stage(stage: Stage, samples: int, console: Console) -> bool:
         built = stage.build(recipe)
         preflight(recipe, built)
         console.print(built.plan.table())
+        if recipe.loader.micro_batch == "auto":
+            console.print(PLANNED)
         findings += [Finding("warning", problem, "template") for problem in built.lint()]
         for sample in _first_good(datasets, built, samples):
             console.print(show_example(built.encode(sample), built.tokenizer))

@@ -33,6 +33,9 @@ from triptych.models.features import FeatureCache, tower_key
 from triptych.models.reference import REFERENCE_LOGPROBS, reference_logprobs
 from triptych.models.vlm import VlmScorer
 
+TOGETHER = 4
+"""Examples in a forward pass, whatever training does: its micro-batches must not change the numbers' roundings."""
+
 Encode = Callable[[Sample], Example]
 
 
@@ -117,7 +120,9 @@ class PrecomputedReference:
         console: Console,
     ) -> Iterable[Batch]:
         """This rank's batches, on the device, but those whose rows are all known already."""
-        options = config.model_copy(update={"steps": None, "epochs": 1.0, "report": None, "on_bad_row": "skip"})
+        once = {"steps": None, "epochs": 1.0, "report": None, "on_bad_row": "skip"}
+        size = {"micro_batch": TOGETHER, "micro_batch_tokens": None}
+        options = config.model_copy(update={**once, **size})
         sizes, none = [len(dataset) for dataset in datasets], [None] * len(datasets)
         order = Mixture(sizes, none, options.seed, lambda: picture_groups(datasets), options.most_per_picture)
         share, store_of_features = (rank(), world_size()), scorer.vision.store

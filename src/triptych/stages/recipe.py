@@ -37,6 +37,15 @@ def _require_pairs(config: AnyDatasetConfig) -> AnyDatasetConfig:
     return config
 
 
+def _refuse_auto(config: LoaderConfig) -> LoaderConfig:
+    if config.micro_batch == "auto":
+        raise ValueError(
+            "`micro_batch: auto` counts tokens, and two towers have no rows of tokens: set `micro_batch` to a number "
+            "of samples"
+        )
+    return config
+
+
 PlainDataset = Annotated[DatasetConfig, AfterValidator(_refuse_pairs)]
 """A data set whose rows are conversations or captions."""
 
@@ -166,6 +175,8 @@ class ContrastiveRecipe(StageRecipe):
     """Selects this stage."""
     model: DualEncoderConfig
     """The two towers."""
+    loader: Annotated[LoaderConfig, AfterValidator(_refuse_auto)]
+    """How rows become batches; `micro_batch` is a number."""
     objective: ContrastiveConfig = ContrastiveConfig()
     """What is minimised."""
     max_length: int = Field(default=64, ge=2)

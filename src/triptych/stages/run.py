@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from triptych import __version__
 from triptych.core.config import ConfigTree
 from triptych.core.distributed import barrier, is_main
 from triptych.core.protocols import Evaluator, FeatureStore
+from triptych.data.loader import LoaderConfig
 from triptych.data.mixture import Mixture
 from triptych.engine.checkpoint import Checkpoints
 from triptych.engine.monitors import build_monitors
@@ -24,9 +26,10 @@ from triptych.engine.state import seed_everything
 from triptych.engine.trainer import Trainer
 from triptych.models.tuning import check_gradients
 from triptych.models.vlm import VlmScorer
-from triptych.stages.build import Built, make_loader, resolved
+from triptych.stages.build import Built, make_loader, resolved, settled
 from triptych.stages.doctor import environment
 from triptych.stages.keeping import open_store
+from triptych.stages.micro_batch import PLANNED, Found, settle_loader
 from triptych.stages.recipe import StageRecipe
 
 FINISHED = "finished.json"
@@ -34,7 +37,7 @@ FINISHED = "finished.json"
 RECIPE = "recipe.yaml"
 """The recipe of a run with every default filled in."""
 FACTS = "facts.json"
-"""The tuning plan and the environment of a run."""
+"""The tuning plan, the environment and the measured micro-batch of a run."""
 
 
 def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTree, *, dry_run: bool = False) -> None:
@@ -56,11 +59,14 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
     if is_main() and is_new:
         # With a checkpoint, the recipe may be another one, which is refused below: it must not replace the file.
         write_recipe(recipe, output)
-        write_facts(built, output)
     barrier()
     store = open_store(recipe, built, runtime, console, is_new=is_new)
     built.prepare(runtime, console)
-    trainer = make_trainer(recipe, built, runtime, output, store)
+    scorer = wrap_scorer(built, runtime)
+    loader, found = settle_loader(recipe, built, runtime, scorer, is_new=is_new, console=console)
+    if is_main() and is_new:
+        write_facts(built, output, found)
+    trainer = make_trainer(recipe, built, runtime, output, scorer, loader, store)
     if is_new:
         built.show_answers("before training")
     try:
@@ -94,35 +100,54 @@ def write_recipe(recipe: StageRecipe, output: Path) -> None:
     (output / RECIPE).write_text(text, encoding="utf-8")
 
 
-def write_facts(built: Built, output: Path) -> None:
-    """Write what a report shows of the run's beginning: the tuning plan and the environment."""
+def write_facts(built: Built, output: Path, found: Found | None = None) -> None:
+    """Write what is known at the run's beginning: the tuning plan, the environment, what `micro_batch: auto` found."""
     facts = {"tuning": built.plan.summary(), "environment": {"triptych": __version__, **environment()}}
+    if found is not None:
+        facts["micro_batch"] = asdict(found)
     (output / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def make_trainer(
-    recipe: StageRecipe, built: Built, runtime: Runtime, output: Path, store: FeatureStore | None = None
-) -> Trainer:
-    """Wrap the scorer and put the trainer together."""
+def wrap_scorer(built: Built, runtime: Runtime) -> nn.Module:
+    """The scorer as it trains: on its device, in its mode, wrapped for several processes."""
     scorer = built.scorer
     scorer.train()
     wrapped: nn.Module = runtime.wrap(scorer, built.blocks)
     if isinstance(scorer, VlmScorer):
         # Without effect unless the weights are sharded: answers then need them gathered, as the forward pass does.
         register_fsdp_forward_method(scorer, "generate")
-    evaluators: list[Evaluator] = built.evaluators(wrapped, runtime)
+    return wrapped
+
+
+def make_trainer(
+    recipe: StageRecipe,
+    built: Built,
+    runtime: Runtime,
+    output: Path,
+    scorer: nn.Module,
+    loader: LoaderConfig,
+    store: FeatureStore | None,
+) -> Trainer:
+    """Put the trainer together.
+
+    Args:
+        scorer: as `wrap_scorer` returned it.
+        loader: the recipe's, without `auto`.
+        store: knows what a frozen tower makes of pictures.
+    """
+    evaluators: list[Evaluator] = built.evaluators(scorer, runtime)
     source = make_loader(
         built.datasets,
         built.encode,
         built.pictures,
-        recipe.loader,
+        loader,
         output,
         by_picture=built.by_picture,
         packed=built.packed,
         store=store,
     )
     return Trainer(
-        scorer=wrapped,
+        scorer=scorer,
         objective=built.objective,
         source=source,
         groups=built.groups,
@@ -150,7 +175,7 @@ def show_plan(recipe: StageRecipe, built: Built, console: Console) -> None:
         built.datasets,
         built.encode,
         built.pictures,
-        recipe.loader,
+        settled(recipe.loader),
         None,
         by_picture=built.by_picture,
         packed=built.packed,
@@ -158,3 +183,5 @@ def show_plan(recipe: StageRecipe, built: Built, console: Console) -> None:
     console.print(
         f"{loader.total_windows} steps of {recipe.loader.global_batch} examples, into {recipe.output}", markup=False
     )
+    if recipe.loader.micro_batch == "auto":
+        console.print(PLANNED)

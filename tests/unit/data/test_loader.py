@@ -255,6 +255,16 @@ def test_micro_batches_keep_to_their_tokens(tmp_path: Path, packed: bool) -> Non
         assert computed <= 45 or batch.num_rows == 1
 
 
+@pytest.mark.parametrize("wrong", [0, -3, True, "automatic", 2.5])
+def test_a_micro_batch_is_a_number_of_samples_or_auto(wrong: object) -> None:
+    with pytest.raises(ValidationError, match="neither a number of samples, 1 or more, nor `auto`") as caught:
+        LoaderConfig(global_batch=1, epochs=1, micro_batch=wrong)  # type: ignore[arg-type]
+    assert caught.value.error_count() == 1
+    with pytest.raises(ValidationError, match="give one of them"):
+        LoaderConfig(global_batch=1, epochs=1, micro_batch="auto", micro_batch_tokens=3)
+    assert LoaderConfig(global_batch=1, epochs=1, micro_batch="auto").micro_batch == "auto"
+
+
 def test_how_rows_are_split_must_be_said_and_pictures_per_step_are_kept() -> None:
     with pytest.raises(ValidationError, match="give `micro_batch`"):
         LoaderConfig(global_batch=1, epochs=1)

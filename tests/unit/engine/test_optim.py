@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from triptych.core.errors import ConfigError, ModelError, TrainingError
 from triptych.core.types import ParameterGroup
+from triptych.engine.low_precision import LowPrecisionAdamW
 from triptych.engine.optim import (
     OptimizerConfig,
     bind_groups,
@@ -262,3 +263,12 @@ def test_the_fused_step_equals_the_plain_one() -> None:
         return torch.cat([item.detach().reshape(-1) for item in model.parameters()])
 
     assert torch.allclose(train(True), train(False), rtol=1e-12, atol=0)
+
+
+def test_bfloat16_weights_get_the_optimizer_that_was_asked_for() -> None:
+    model = Model().bfloat16()
+    assert type(build_optimizer(groups_of(model), OptimizerConfig())) is torch.optim.AdamW
+    optimizer = build_optimizer(groups_of(model), OptimizerConfig(bf16_weights="master", betas=(0.8, 0.9)))
+    assert isinstance(optimizer, LowPrecisionAdamW) and optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    with pytest.raises(ConfigError, match="`stochastic`, but no weight that is trained is bfloat16"):
+        build_optimizer(groups_of(Model()), OptimizerConfig(bf16_weights="stochastic"))

@@ -19,6 +19,14 @@ def test_the_documented_defaults() -> None:
     assert config.best is None and config.evaluate_every is None
 
 
+def test_a_memory_limit_is_a_share_or_a_size() -> None:
+    assert TrainConfig().memory_limit == 0.7
+    assert TrainConfig(memory_limit="6 GiB").memory_limit == "6 GiB"
+    with pytest.raises(ValidationError, match="a size such as `6 GiB`") as caught:
+        TrainConfig(memory_limit="plenty")
+    assert caught.value.error_count() == 1
+
+
 def test_keeping_no_checkpoint_is_refused() -> None:
     with pytest.raises(ValidationError, match="keep_last"):
         TrainConfig(keep_last=0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.tiny import FAMILIES, Answer, DoubleThroughout, Tree, batch_of, noise, tiny_family, tree_batch
 from triptych.core.errors import ModelError
 from triptych.core.types import IGNORE, Batch
+from triptych.engine.parallel import Runtime, RuntimeConfig
 from triptych.models.components import find_components, tree_obstacle
 from triptych.models.generation import Prompt, generate
 from triptych.models.pictures import make_pictures
@@ -203,3 +204,18 @@ def test_a_language_model_that_is_not_known_takes_the_plain_path(caplog: pytest.
     caplog.clear()
     assert not VlmScorer(tiny_family("llava")[0], scorers[0].components, trees=False).packs_trees
     assert not caplog.messages
+
+
+@pytest.mark.slow
+def test_compiled_blocks_score_the_same() -> None:
+    _, fast, tokenizer, pictures = _scorers("llava", torch.float32)
+    batch = tree_batch(TREES, tokenizer, pictures)
+    weights = torch.full((int(batch.supervised.sum()),), 1 / 20)
+    expected, gradients = _run(fast, batch, weights)
+    blocks = [path for paths in fast.components.layers.values() for path in paths]
+    assert Runtime(RuntimeConfig(precision="fp32", compile=True)).wrap(fast, [f"hf.{path}" for path in blocks]) is fast
+    assert all(fast.hf.get_submodule(path)._compiled_call_impl is not None for path in blocks)
+    found, ours = _run(fast, batch, weights)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)

@@ -62,6 +62,23 @@ def test_rows_of_the_wrong_shape_are_refused_with_their_line(
     assert str(caught.value).count(said) == 2
 
 
+@pytest.mark.parametrize("kind", RECIPES)
+def test_auto_is_for_rows_of_tokens(kind: str, files: Files, tmp_path: Path) -> None:
+    values = {"output": "run", **RECIPES[kind](files)}
+    file = write(tmp_path / "recipe.yaml", values)
+    overrides = ("loader.micro_batch=auto", "train.memory_limit=2 GB")
+    if kind != "contrastive":
+        recipe = read_recipe(file, *overrides)
+        assert (recipe.loader.micro_batch, recipe.train.memory_limit) == ("auto", "2 GB")
+        with pytest.raises(ConfigError, match=r"train.memory_limit: `2 potatoes` is neither a share of the memory"):
+            read_recipe(file, "train.memory_limit=2 potatoes")
+        return
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(file, *overrides)
+    (problem,) = caught.value.problems
+    assert problem.key == "loader" and "set `micro_batch` to a number of samples" in problem.message
+
+
 @pytest.mark.parametrize("kind", ["contrastive", "dpo"])
 def test_answers_are_for_models_that_are_tuned_to_answer(kind: str, files: Files, tmp_path: Path) -> None:
     values = {"output": "run", **RECIPES[kind](files)}

@@ -101,3 +101,18 @@ def test_nothing_of_the_libraries_is_printed(files: Files, tmp_path: Path) -> No
     done = triptych("train", recipe(files, tmp_path))
     assert done.err == ""
     assert not any(word in done.out for word in ("Loading weights", "Writing model", "kernels", "Warning"))
+
+
+@pytest.mark.parametrize("weights", ["stochastic", "master"])
+def test_bfloat16_weights_resume_to_the_bit(weights: str, files: Files, tmp_path: Path) -> None:
+    file, run = recipe(files, tmp_path), tmp_path / "run"
+    options = ["dtype=bfloat16", f"train.optimizer.bf16_weights={weights}", "train.save_every=1"]
+    done = triptych("train", file, *options)
+    assert done.status == 0, done.err
+    whole = load_file(run / "model" / "model.safetensors")
+    shutil.rmtree(run / "checkpoints" / "step-00000002")
+    assert triptych("train", file, *options).status == 0
+    again = load_file(run / "model" / "model.safetensors")
+    assert whole and all(
+        item.dtype == torch.bfloat16 and torch.equal(item, again[name]) for name, item in whole.items()
+    )

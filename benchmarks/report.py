@@ -1,0 +1,229 @@
+"""`python -m benchmarks.report`: docs/benchmarks.md and its plots from `results/latest.json`, and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import figures, record
+from benchmarks.models import VOCABULARY
+from benchmarks.record import Result
+from benchmarks.timing import QUIET
+
+DOCS = Path(__file__).parent.parent / "docs"
+PLOTS = "benchmarks"
+"""Folder of the plots beside the page."""
+
+AXES: Mapping[str, tuple[str, str]] = {
+    "image_tokens": ("Tokens of a picture", "tokens of a picture"),
+    "branches": ("Questions about each picture", "questions a picture"),
+    "batch": ("Pictures in a step", "pictures"),
+    "model": ("Size of the model", "million parameters"),
+}
+"""Axis of the scaling -> (heading, name of the numbers)."""
+
+INTRODUCTION = f"""\
+<!-- Written by `python -m benchmarks.report` from benchmarks/results/latest.json: change that, not this. -->
+# Benchmarks
+
+Both ways take the same step of the same model, in turns and in one process, with fused AdamW. Before each step the
+process waits until others use less than {QUIET:.0%} of the processors, for a minute at most; steps measured in
+spite of them are counted as disturbed. Seconds are medians. Memory is what a step adds: resident memory, looked at
+every 10 ms, less that before the step, when gradients are freed and the optimizer's state exists. A ratio above 1
+means that we are faster; a share of memory below 1 means that we need less. That both ways compute the same loss and
+gradients (or tokens) is tested for every row.
+
+Models have random weights and real shapes: SmolLM2-135M behind a tower of 22 million parameters that rests, unless a
+row says otherwise. **Its vocabulary of {VOCABULARY:,} words is large for its size, which inflates what is won by
+computing logits of learned positions only; a model of 7 billion parameters wins less by that.** A peer is either run
+as users run it, or, where its path on CPUs does more than the one on GPUs, its GPU algorithm is written again.
+
+Run it with `make bench`, or `make bench ARGUMENTS="sft_full_196 scaling"` for a part: rows that are not measured keep
+their figures. Leave the machine alone meanwhile.
+"""
+
+
+def main() -> None:
+    """Write the page and its plots."""
+    result = record.read()
+    plots = draw(result)
+    folder = DOCS / PLOTS
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.svg"):
+        old.unlink()
+    for name, text in plots.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (DOCS / "benchmarks.md").write_text(page(result), encoding="utf-8")
+
+
+def page(result: Result) -> str:
+    """The page in Markdown."""
+    rows, points = result["rows"], result.get("scaling", [])
+    parts = [INTRODUCTION, _machines([*rows, *points])]
+    if rows:
+        parts += [_verdict(rows), _table(rows), _image("ratios", "Times as fast as the peer, row by row")]
+        parts.append(_image("memory", "The peer's added memory over ours, row by row"))
+    if failed := result.get("failed"):
+        lines = [f"- `{item['name']}`: {item['error']}" for item in failed]
+        parts.append("\n".join(["**Failed, and so without figures:**", "", *lines, ""]))
+    if points:
+        parts.append(
+            f"## How it grows\n\nFull tuning with questions about pictures, through trees (ours) against "
+            f"{points[0]['peer_name']}. One number is varied at a time; the others are those of {_base(points)}. That "
+            "model is small, so that all points take minutes.\n"
+        )
+        parts += [_axis(axis, points) for axis in AXES if any(point["axis"] == axis for point in points)]
+    return "\n".join(parts)
+
+
+def draw(result: Result) -> dict[str, str]:
+    """Name of a file -> SVG, for all plots that the page shows."""
+    plots = {}
+    rows = result["rows"]
+    if rows:
+        ratios = [(row["name"], row["ratio"], row.get("target_ratio")) for row in rows]
+        plots["ratios.svg"] = figures.bars("Times as fast as the peer (mark: target)", ratios)
+        shares = [
+            (row["name"], 1 / row["memory_ratio"], 1 / row["target_memory"] if row.get("target_memory") else None)
+            for row in rows
+            if row.get("memory_ratio")
+        ]
+        plots["memory.svg"] = figures.bars("The peer's added memory over ours (mark: target)", shares)
+    for axis, (heading, unit) in AXES.items():
+        points = [point for point in result.get("scaling", []) if point["axis"] == axis]
+        if points:
+            charts = [
+                figures.chart("seconds a step", _curves(points, "ours", "peer", 1.0)),
+                figures.chart("added memory in GiB", _curves(points, "ours_bytes", "peer_bytes", 2.0**30)),
+            ]
+            plots[f"{axis}.svg"] = figures.curves(heading, unit, charts)
+    return plots
+
+
+def _curves(points: Sequence[Result], ours: str, peer: str, unit: float) -> list[tuple[str, figures.Points]]:
+    """Both curves of a chart from the keys that hold their values."""
+    return [(name, [(_x(item), item[key] / unit) for item in points]) for name, key in (("ours", ours), ("peer", peer))]
+
+
+def _base(points: Sequence[Result]) -> str:
+    """The point that lies on several axes: what is not varied."""
+    seen: dict[tuple[object, ...], int] = {}
+    for item in points:
+        key = tuple(item[axis] for axis in AXES)
+        seen[key] = seen.get(key, 0) + 1
+    tokens, branches, batch, model = max(seen, key=lambda key: seen[key])
+    layers, _, width = str(model).partition(" x ")
+    return (
+        f"{branches} questions about each of {batch} pictures of {tokens} tokens, and of a language model of {layers} "
+        f"layers of width {width}"
+    )
+
+
+def _x(point: Result) -> float:
+    """Where a point stands on its axis."""
+    return round(point["parameters"] / 1e6) if point["axis"] == "model" else point[point["axis"]]
+
+
+def _machines(items: Sequence[Result]) -> str:
+    """What was measured where and when."""
+    groups: dict[tuple[str, str], dict[str, None]] = {}
+    for item in items:
+        key = item.get("machine", ""), item.get("date", "an unknown day")
+        groups.setdefault(key, {})[f"`{item['name']}`" if "name" in item else "how it grows"] = None
+    lines = [
+        f"- {machine}; {date}: {', '.join(names) if len(groups) > 1 else 'everything below'}"
+        for (machine, date), names in groups.items()
+    ]
+    return "\n".join(["Measured on:", "", *lines, ""]) if lines else "Nothing was measured yet.\n"
+
+
+def _verdict(rows: Sequence[Result]) -> str:
+    """Where the peer is ahead, and which targets are missed, before the table."""
+    slower = [f"`{row['name']}` ({row['ratio']:.2f})" for row in rows if row["ratio"] < 1]
+    larger = [f"`{row['name']}` ({row['memory_ratio']:.2f})" for row in rows if (row["memory_ratio"] or 0) > 1]
+    missed = [f"`{row['name']}`" for row in rows if _misses_time(row) or _misses_memory(row)]
+    lines = [
+        f"- The peer is faster in: {', '.join(slower) or 'no row'}.",
+        f"- The peer needs less memory in: {', '.join(larger) or 'no row'}.",
+        f"- Targets are missed in: {', '.join(missed) or 'no row'}.",
+    ]
+    return "\n".join(["## The table", "", *lines, ""])
+
+
+def _table(rows: Sequence[Result]) -> str:
+    lines = [
+        "| row | ours | peer | times as fast | target | memory | target | n | precision | against |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+    ]
+    for row in rows:
+        count = f"{row['n']}, {row['disturbed']} disturbed" if row.get("disturbed") else f"{row['n']}"
+        cells = [
+            f"`{row['name']}`",
+            f"{row['ours']:.3g}",
+            f"{row['peer']:.3g}",
+            f"{row['ratio']:.2f}" if row["ratio"] >= 1 else f"**{row['ratio']:.2f}: the peer is faster**",
+            _target(row.get("target_ratio"), _misses_time(row)),
+            _share(row["memory_ratio"]),
+            _target(row.get("target_memory"), _misses_memory(row)),
+            count,
+            row.get("precision", ""),
+            _peer(row),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _peer(row: Result) -> str:
+    notes = [row["unit"], *([row["peer_kind"]] if "peer_kind" in row else [])]
+    return f"{row['peer_name']} ({'; '.join(notes)})"
+
+
+def _share(memory_ratio: float | None) -> str:
+    if memory_ratio is None:
+        return "-"
+    return f"{memory_ratio:.2f}" if memory_ratio <= 1 else f"**{memory_ratio:.2f}: the peer needs less**"
+
+
+def _target(target: float | None, is_missed: bool) -> str:
+    if target is None:
+        return "-"
+    return f"{target:g}, **missed**" if is_missed else f"{target:g}"
+
+
+def _misses_time(row: Result) -> bool:
+    return row.get("target_ratio") is not None and row["ratio"] < row["target_ratio"]
+
+
+def _misses_memory(row: Result) -> bool:
+    return row.get("target_memory") is not None and row["memory_ratio"] > row["target_memory"]
+
+
+def _axis(axis: str, points: Sequence[Result]) -> str:
+    heading, unit = AXES[axis]
+    lines = [
+        f"### {heading}",
+        "",
+        f"| {unit} | ours, s | peer, s | times as fast | ours, MiB | peer, MiB | memory |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for point in points:
+        if point["axis"] == axis:
+            cells = [
+                f"{_x(point):g} ({point['model']})" if axis == "model" else f"{_x(point):g}",
+                f"{point['ours']:.3g}",
+                f"{point['peer']:.3g}",
+                f"{point['ratio']:.2f}",
+                f"{point['ours_bytes'] / 2**20:.0f}",
+                f"{point['peer_bytes'] / 2**20:.0f}",
+                f"{point['memory_ratio']:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _image(axis, f"{heading}: seconds and memory, ours and the peer's")])
+
+
+def _image(name: str, text: str) -> str:
+    return f"![{text}]({PLOTS}/{name}.svg)\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""All rows in the order of the table, what each should reach, and how often it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from benchmarks import contrastive, loading, rollout, rows, training_rows
+from benchmarks.row import Build
+
+_BUILDS: Mapping[str, Build] = {
+    **rows.ROWS,
+    **training_rows.ROWS,
+    **contrastive.ROWS,
+    **rollout.ROWS,
+    **loading.LOADING,
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a row should reach."""
+
+    ratio: float
+    """Times as fast as the peer, at least."""
+    memory: float | None
+    """Share of the peer's added peak, at most; None where memory is not compared."""
+
+
+TARGETS: Mapping[str, Target] = {
+    "sft_full_196": Target(1.8, 0.75),
+    "sft_full_196_trl": Target(1.15, 1.0),
+    "sft_tree8_576": Target(4.0, 0.4),
+    "align_196": Target(2.2, 0.7),
+    "sft_lora_196": Target(1.6, 0.8),
+    "dpo_196": Target(2.4, 0.75),
+    "dpo_576": Target(2.8, 0.65),
+    "dpo_576_full": Target(4.5, 0.5),
+    "group8_576": Target(4.0, 0.5),
+    "contrastive_4096": Target(0.7, 0.25),
+    "rollout_k8": Target(1.6, 1.0),
+    "loader_vqa": Target(1.5, None),
+    "loader_vqa_draft": Target(2.0, None),
+}
+"""Rows without an entry are measured for what they show."""
+
+REPEATS = 5
+FEWER_REPEATS: Mapping[str, int] = {
+    "sft_tree8_576": 3,
+    "dpo_576": 3,
+    "dpo_576_full": 3,
+    "group8_576": 3,
+    "sft_full_196_trl_as_run": 3,
+    "contrastive_4096": 3,
+}
+"""Timed turns of rows whose steps take many seconds."""
+
+_FIRST = tuple(TARGETS)
+ROWS: Mapping[str, Build] = {
+    **{name: _BUILDS[name] for name in _FIRST if name in _BUILDS},
+    **{name: build for name, build in _BUILDS.items() if name not in _FIRST},
+}
+"""Name -> what builds the row: those with a target first, in the order of the targets."""

@@ -1,0 +1,91 @@
+"""Rows are measured one by one and join those of earlier runs; one that fails takes no other with it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.row import WRITTEN_AGAIN, Row
+from benchmarks.table import FEWER_REPEATS, ROWS, TARGETS
+from benchmarks.timing import Timing, Way
+from torch import nn, zeros
+
+from benchmarks import __main__ as command
+from benchmarks import record
+
+
+def row(name: str, ratio: float = 2.0) -> dict[str, Any]:
+    return {"name": name, "ours": 1.0, "peer": ratio, "ratio": ratio}
+
+
+def test_a_measured_row_takes_its_place_and_others_keep_their_figures() -> None:
+    before = {"machine": "old", "rows": [row("b"), row("gone"), row("a")]}
+    after = record.add(before, "b", {**row("b", 3.0), "machine": "new", "date": "2026-01-02"}, ["a", "b", "c"])
+    assert [(item["name"], item["ratio"], item["machine"]) for item in after["rows"]] == [
+        ("a", 2.0, "old"),
+        ("b", 3.0, "new"),
+    ]
+    assert after["failed"] == [] and after["scaling"] == []
+
+
+def test_a_failure_takes_the_place_of_the_figures_and_goes_with_the_next_success() -> None:
+    before = {"machine": "", "rows": [row("a"), row("b")], "scaling": [{"axis": "batch"}]}
+    failed = record.add(before, "a", {"name": "a", "error": "no memory"}, ["a", "b"])
+    assert [item["name"] for item in failed["rows"]] == ["b"]
+    assert failed["failed"] == [{"name": "a", "error": "no memory"}]
+    assert failed["scaling"] == [{"axis": "batch"}]
+    again = record.add(failed, "a", row("a"), ["a", "b"])
+    assert [item["name"] for item in again["rows"]] == ["a", "b"] and again["failed"] == []
+
+
+def test_a_list_is_the_scaling() -> None:
+    before = {"machine": "", "rows": [row("a")], "failed": [{"name": "scaling", "error": "x"}], "scaling": [{"old": 1}]}
+    after = record.add(before, "scaling", [{"axis": "batch"}], ["a", "scaling"])
+    assert after["scaling"] == [{"axis": "batch"}] and after["failed"] == [] and len(after["rows"]) == 1
+
+
+def test_a_failing_row_loses_no_other_and_is_told_by_the_exit_status(tmp_path: Path) -> None:
+    latest = tmp_path / record.LATEST
+    first, second, third = list(ROWS)[:3]
+
+    def measure(name: str) -> Any:
+        if name == second:
+            raise RuntimeError("exit status 1: MemoryError")
+        return [{"axis": "batch", "batch": 1}] if name == command.SCALING else {**row(name), "memory_ratio": 0.5}
+
+    assert command.run([third, second, first, command.SCALING], measure, tmp_path) == 1
+    result = json.loads(latest.read_text())
+    assert [item["name"] for item in result["rows"]] == [first, third]
+    assert all(item["date"] == record.today() and "torch" in item["machine"] for item in result["rows"])
+    (failed,) = result["failed"]
+    assert (failed["name"], failed["error"]) == (second, "exit status 1: MemoryError")
+    assert result["scaling"][0]["batch"] == 1 and result["machine"] == result["scaling"][0]["machine"]
+    assert (tmp_path / f"{record.today()}.json").read_text() == latest.read_text()
+    assert command.run([first], measure, tmp_path) == 0
+    assert json.loads(latest.read_text())["failed"] == result["failed"]
+
+
+def test_the_last_line_of_a_process_that_fails_is_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "no_such_row"])
+    with pytest.raises(SystemExit):
+        command.main()
+    with pytest.raises(RuntimeError, match=r"exit status 2: .*there is no row no_such_row"):
+        command._in_own_process(["no_such_row"])
+
+
+def test_a_row_says_what_it_should_reach_and_of_what_kind_its_peer_is() -> None:
+    way = Way("ours", lambda: zeros(()), nn.Linear(1, 1))
+    found = command.describe(
+        "dpo_196", Row(way, way, "a peer"), Timing([1.0, 2.0, 4.0], [10, 30, 20]), Timing([6.0, 5.0, 7.0], [40, 40, 40])
+    )
+    assert (found["ours"], found["peer"], found["ratio"], found["memory_ratio"], found["n"]) == (2.0, 6.0, 3.0, 0.5, 3)
+    assert (found["target_ratio"], found["target_memory"], found["peer_kind"]) == (2.4, 0.75, WRITTEN_AGAIN)
+
+
+def test_slow_rows_exist_and_are_measured_thrice_at_least() -> None:
+    assert set(FEWER_REPEATS) <= set(ROWS) and min(FEWER_REPEATS.values()) >= 3
+    known = [name for name in TARGETS if name in ROWS]
+    assert list(ROWS)[: len(known)] == known
