@@ -20,7 +20,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from benchmarks.models import FULL
-from benchmarks.row import Build, Row, Setting
+from benchmarks.row import AS_RUN, Build, Row, Setting
 from benchmarks.timing import Way
 from triptych.core.types import Batch
 from triptych.data.decoders import usable_processors
@@ -166,6 +166,8 @@ def _loader_vqa(peer_name: str, **options: Any) -> Build:
             Way("peer", run_peer, nn.Module()),
             peer_name,
             unit=f"seconds for {count} pictures",
+            peer_kind=AS_RUN,
+            trains=False,
             compares_memory=False,
         )
 
