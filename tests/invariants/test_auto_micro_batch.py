@@ -53,6 +53,7 @@ def step(file: Path, limit: str, build: Any) -> tuple[int, float, dict[str, Tens
     seed_everything(0)
     built: Built = build(recipe)
     engine = runtime()
+    built.prepare(engine, Console(quiet=True))
     scorer = wrap_scorer(built, engine).eval()
     loader, found = settle_loader(recipe, built, engine, scorer, is_new=True, console=Console(quiet=True))
     assert found is not None and loader.micro_batch_tokens == found.tokens

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.commands import read_recipe, write
 from tests.recipes.tiny_recipes import RECIPES, Files, write_files
@@ -31,7 +32,9 @@ def build(kind: str, files: Files, folder: Path) -> tuple[Built, Any]:
     recipe = read_recipe(write(folder / "recipe.yaml", {"output": str(folder / "run"), **RECIPES[kind](files)}))
     _, stage = STAGES[recipe.stage]
     seed_everything(0)
-    return stage(recipe), recipe
+    built = stage(recipe)
+    built.prepare(Runtime(RuntimeConfig(precision="fp32")), Console(quiet=True))
+    return built, recipe
 
 
 @pytest.mark.parametrize("kind", KINDS)
