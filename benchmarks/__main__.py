@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import record, scaling
 from benchmarks.row import Row, Setting
-from benchmarks.table import FEWER_REPEATS, REPEATS, ROWS, TARGETS
+from benchmarks.table import COMPILED, FEWER_REPEATS, REPEATS, ROWS, TARGETS
 from benchmarks.timing import Timing, interleave
 
 SCALING = "scaling"
@@ -80,7 +80,7 @@ def run(names: Sequence[str], measure_one: Callable[[str], Any], folder: Path = 
 
 def measure(name: str, repeats: int) -> dict[str, Any]:
     """One row, in this process."""
-    row = ROWS[name](Setting(bf16=has_bf16()))
+    row = ROWS[name](Setting(bf16=has_bf16(), compiled=name in COMPILED))
     timings = interleave([row.ours, row.peer], repeats)
     return describe(name, row, timings[row.ours.name], timings[row.peer.name])
 
@@ -95,6 +95,7 @@ def describe(name: str, row: Row, ours: Timing, peer: Timing) -> dict[str, Any]:
         "unit": row.unit,
         "peer_name": row.peer_name,
         "peer_kind": row.peer_kind,
+        "compiled": name in COMPILED,
         "ratio": peer.median / ours.median,
         "memory_ratio": ours.peak / peer.peak if row.compares_memory and peer.peak else None,
         "target_ratio": None if target is None else target.ratio,

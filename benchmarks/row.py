@@ -35,6 +35,8 @@ class Setting:
 
     scale: Scale = FULL
     bf16: bool = False
+    compiled: bool = False
+    """Our blocks as with `train.runtime.compile`; the peers' are as their users run them."""
 
 
 Build = Callable[[Setting], Row]

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from benchmarks import ours, peers
 from benchmarks.models import build_model, make_example
@@ -29,11 +30,11 @@ def four_questions() -> list[Example]:
 
 def sft_full_196(setting: Setting) -> Row:
     """Against `transformers.Trainer`."""
-    model, scorer, batch = prepare(setting, 196, four_questions())
-    step, trainer = peers.hugging_face_trainer(model, batch, setting.bf16)
+    scorer, batch, peer = prepare(setting, 196, four_questions())
+    step, trainer = peers.hugging_face_trainer(peer, batch, setting.bf16)
     return Row(
-        training_way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
-        Way("peer", step, model, trainer.create_optimizer()),
+        training_way("ours", scorer.hf, setting, lambda: ours.supervised(scorer, batch)),
+        Way("peer", step, peer, trainer.create_optimizer()),
         "transformers.Trainer.training_step: padded, attention mask, logits of every position",
         peer_kind=AS_RUN,
     )
@@ -41,19 +42,20 @@ def sft_full_196(setting: Setting) -> Row:
 
 def sft_full_196_trl(setting: Setting) -> Row:
     """Against what TRL does on GPUs."""
-    model, scorer, batch = prepare(setting, 196, four_questions())
+    scorer, batch, peer = prepare(setting, 196, four_questions())
     return Row(
-        training_way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
-        training_way("peer", model, setting, lambda: peers.supervised_only(model, batch)),
+        training_way("ours", scorer.hf, setting, lambda: ours.supervised(scorer, batch)),
+        training_way("peer", peer, setting, lambda: peers.supervised_only(peer, batch)),
         "TRL's GPU algorithm written down again: padded, attention mask, logits of learned positions only",
     )
 
 
 def align_196(setting: Setting) -> Row:
     """Two passes over four pictures, the connector alone trained: the tower's states are kept in the first."""
-    model, scorer, batch = prepare(setting, 196, four_questions())
-    model.requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(True)
+    scorer, batch, other = prepare(setting, 196, four_questions())
+    for model in (scorer.hf, other):
+        model.requires_grad_(False)
+        model.model.multi_modal_projector.requires_grad_(True)
     scorer.train()
     assert batch.pixels is not None
     new = [
@@ -74,10 +76,10 @@ def align_196(setting: Setting) -> Row:
             known = FeatureCache(Path(folder))
             return first + step([PictureInput(item.key, features=known.get(item.key)) for item in new])
 
-    peer, trainer = peers.hugging_face_trainer(model, batch, setting.bf16)
+    peer, trainer = peers.hugging_face_trainer(other, batch, setting.bf16)
     return Row(
-        Way("ours", both, model, _optimizer(model)),
-        Way("peer", lambda: peer() + peer(), model, trainer.create_optimizer()),
+        Way("ours", both, scorer.hf, _optimizer(scorer.hf)),
+        Way("peer", lambda: peer() + peer(), other, trainer.create_optimizer()),
         "transformers.Trainer.training_step: padded, attention mask, logits of every position",
         unit="seconds for two steps",
         peer_kind=AS_RUN,
@@ -88,10 +90,10 @@ def sft_tree8_576(setting: Setting) -> Row:
     """Eight questions of 28 tokens with answers of 32 about one picture of 576 tokens."""
     generator = torch.Generator().manual_seed(1)
     examples = [make_example(n, 0, 576, 28, [32], generator) for n in range(8)]
-    model, scorer, batch = prepare(setting, 576, examples)
+    scorer, batch, peer = prepare(setting, 576, examples)
     return Row(
-        training_way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
-        training_way("peer", model, setting, lambda: peers.supervised_only(model, batch)),
+        training_way("ours", scorer.hf, setting, lambda: ours.supervised(scorer, batch)),
+        training_way("peer", peer, setting, lambda: peers.supervised_only(peer, batch)),
         "TRL's GPU algorithm written down again, one row a question",
     )
 
@@ -100,11 +102,11 @@ def _dpo(image_tokens: int, full_logits: bool) -> Build:
     def build(setting: Setting) -> Row:
         generator = torch.Generator().manual_seed(1)
         examples = [make_example(n, n, image_tokens, 24, [60, 56], generator) for n in range(2)]
-        model, scorer, batch = prepare(setting, image_tokens, examples)
+        scorer, batch, peer = prepare(setting, image_tokens, examples)
         known = ours.with_reference(scorer, batch)
         return Row(
-            training_way("ours", model, setting, lambda: ours.preference(scorer, known, 0.1)),
-            training_way("peer", model, setting, lambda: peers.preference(model, batch, 0.1, full_logits)),
+            training_way("ours", scorer.hf, setting, lambda: ours.preference(scorer, known, 0.1)),
+            training_way("peer", peer, setting, lambda: peers.preference(peer, batch, 0.1, full_logits)),
             "DPO with logits of every position and a reference pass (LLaMA-Factory's way) written down again"
             if full_logits
             else "TRL's GPU algorithm written down again: learned positions only, a reference pass each step",
@@ -117,11 +119,11 @@ def group8_576(setting: Setting) -> Row:
     """The update on eight samples of one prompt."""
     generator = torch.Generator().manual_seed(1)
     example = make_example(0, 0, 576, 28, [32] * 8, generator)
-    model, scorer, batch = prepare(setting, 576, [example])
+    scorer, batch, peer = prepare(setting, 576, [example])
     advantages = torch.linspace(-0.5, 1.5, 8)  # their sum is not 0, or the losses to compare would be
     return Row(
-        training_way("ours", model, setting, lambda: ours.policy_gradient(scorer, batch, advantages)),
-        training_way("peer", model, setting, lambda: peers.policy_gradient(model, batch, advantages)),
+        training_way("ours", scorer.hf, setting, lambda: ours.policy_gradient(scorer, batch, advantages)),
+        training_way("peer", peer, setting, lambda: peers.policy_gradient(peer, batch, advantages)),
         "one row a sample, logits of learned positions only",
     )
 
@@ -138,12 +140,25 @@ ROWS: Mapping[str, Build] = {
 }
 
 
-def prepare(setting: Setting, image_tokens: int, examples: Sequence[Example]) -> tuple[nn.Module, VlmScorer, Batch]:
-    """A model of which all but the tower trains, its scorer, and the examples as one batch."""
-    model = build_model(setting.scale, image_tokens)
-    model.model.vision_tower.requires_grad_(False)
-    scorer = VlmScorer(model, find_components(model)).train()
-    return model, scorer, with_pixels(setting, image_tokens, collate(examples))
+def prepare(
+    setting: Setting, image_tokens: int, examples: Sequence[Example]
+) -> tuple[VlmScorer, Batch, PreTrainedModel]:
+    """The scorer of a model of which all but the tower trains, the examples as a batch, and the peer's equal model."""
+    models = [build_model(setting.scale, image_tokens) for _ in range(2)]
+    for model in models:
+        model.model.vision_tower.requires_grad_(False)
+        model.train()
+    return make_scorer(setting, models[0]), with_pixels(setting, image_tokens, collate(examples)), models[1]
+
+
+def make_scorer(setting: Setting, model: PreTrainedModel) -> VlmScorer:
+    """Our scorer in training mode, its blocks compiled if the setting says so."""
+    components = find_components(model)
+    scorer = VlmScorer(model, components).train()
+    if setting.compiled:
+        for path in components.layers["language"]:
+            model.get_submodule(path).compile(dynamic=True)
+    return scorer
 
 
 def with_pixels(setting: Setting, image_tokens: int, batch: Batch) -> Batch:

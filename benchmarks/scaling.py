@@ -86,10 +86,10 @@ def build(point: Point, bf16: bool, scale: Scale | None = None) -> Row:
         for picture in range(point.batch)
         for question in range(point.branches)
     ]
-    model, scorer, batch = prepare(setting, point.image_tokens, examples)
+    scorer, batch, peer = prepare(setting, point.image_tokens, examples)
     return Row(
-        training_way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
-        training_way("peer", model, setting, lambda: peers.supervised_only(model, batch)),
+        training_way("ours", scorer.hf, setting, lambda: ours.supervised(scorer, batch)),
+        training_way("peer", peer, setting, lambda: peers.supervised_only(peer, batch)),
         PEER_NAME,
     )
 

@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from benchmarks import contrastive, loading, rollout, rows, training_rows
 from benchmarks.row import Build
 
+EAGER = "sft_full_196_eager"
 _BUILDS: Mapping[str, Build] = {
     **rows.ROWS,
+    EAGER: rows.sft_full_196,
     **training_rows.ROWS,
     **contrastive.ROWS,
     **rollout.ROWS,
     **loading.LOADING,
 }
+
+
+COMPILED = {*rows.ROWS, *training_rows.ROWS} - {EAGER}
+"""Rows in which our blocks are compiled (`train.runtime.compile`)."""
 
 
 @dataclass(frozen=True)

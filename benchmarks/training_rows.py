@@ -16,14 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 from benchmarks import ours, peers
 from benchmarks.models import build_model
 from benchmarks.row import AS_RUN, Build, Row, Setting
-from benchmarks.rows import four_questions, prepare, training_way, with_pixels
+from benchmarks.rows import four_questions, make_scorer, prepare, training_way, with_pixels
 from benchmarks.timing import Way
 from triptych.core.types import Batch
 from triptych.data.collate import collate
 from triptych.models.components import find_components
 from triptych.models.tuning import apply_tuning
 from triptych.models.tuning_rules import FrozenRule, LoraRule
-from triptych.models.vlm import VlmScorer
 
 LORA = LoraRule(match="language", method="lora")
 """The recipes' default: rank 16, scale 2, every linear layer but the head."""
@@ -36,7 +35,7 @@ def sft_lora_196(setting: Setting) -> Row:
     frozen = [FrozenRule(match=part, method="frozen") for part in ("vision", "connector")]
     (adapter,) = apply_tuning(model, components, [*frozen, LORA], default_lr=1e-4).adapters
     _draw_factors(model)
-    scorer = VlmScorer(model, components).train()
+    scorer = make_scorer(setting, model)
     batch = with_pixels(setting, 196, collate(four_questions()))
     peer = _with_peft(build_model(setting.scale, 196), adapter)
     inner = peer.get_base_model()
@@ -52,11 +51,11 @@ def sft_lora_196(setting: Setting) -> Row:
 
 def sft_full_196_trl_as_run(setting: Setting) -> Row:
     """Against TRL's own trainer, which on CPUs scores every position."""
-    model, scorer, batch = prepare(setting, 196, four_questions())
-    step, trainer = _trl_trainer(model, batch, setting.bf16)
+    scorer, batch, peer = prepare(setting, 196, four_questions())
+    step, trainer = _trl_trainer(peer, batch, setting.bf16)
     return Row(
-        training_way("ours", model, setting, lambda: ours.supervised(scorer, batch)),
-        Way("peer", step, model, trainer.create_optimizer()),
+        training_way("ours", scorer.hf, setting, lambda: ours.supervised(scorer, batch)),
+        Way("peer", step, peer, trainer.create_optimizer()),
         "trl.SFTTrainer.training_step without activation checkpointing; on CPUs its head scores every position",
         peer_kind=AS_RUN,
     )
