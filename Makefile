@@ -40,8 +40,8 @@ test-slow: $(DEV)  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow $(ARGUMENTS)
 
 lint: $(DEV)  ## ruff and the direction of imports
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/lint-imports
 
 types: $(DEV)

@@ -37,8 +37,8 @@ Models have random weights and real shapes: SmolLM2-135M behind a tower of 22 mi
 row says otherwise. **Its vocabulary of {VOCABULARY:,} words is large for its size, which inflates what is won by
 computing logits of learned positions only; a model of 7 billion parameters wins less by that.** A peer is either run
 as users run it, or, where its path on CPUs does more than the one on GPUs, its GPU algorithm is written again. Where
-our time says "compiled", our blocks are compiled (`train.runtime.compile`, off unless asked for: the first step of a run
-takes a minute more); peers are not, as their users mostly run them. `sft_full_196_eager` is the first row without.
+our time says "compiled", our blocks are compiled (`train.runtime.compile`, off unless asked for: the first step of a
+run takes a minute more); peers are not, as their users mostly run them. `sft_full_196_eager` is the first row without.
 
 Run it with `make bench`, or `make bench ARGUMENTS="sft_full_196 scaling"` for a part: rows that are not measured keep
 their figures. Leave the machine alone meanwhile.
