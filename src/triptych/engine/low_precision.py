@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+PLACES = 1_000_003
+"""More than there are parameters, so that no two draws share a seed."""
 _MASTER = "master"
 
 
@@ -16,7 +18,8 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with float32 moments, for bfloat16 weights.
 
     `stochastic` rounds each new weight up or down at random, so that its mean is exact (Zamirai et al. 2020, arXiv
-    2010.06192); it draws from torch's global generator. `master` keeps a float32 copy of every weight, which is what
+    2010.06192); what it draws follows from the step and the place of the parameter alone, so that replicas on several
+    ranks stay equal. `master` keeps a float32 copy of every weight, which is what
     is updated; 4 bytes a weight more. Weights of other types are updated as they are.
     """
 
@@ -40,10 +43,10 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+        parameters = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+        for place, (parameter, group) in enumerate(parameters):
+            if parameter.grad is not None:
+                self._update(parameter, group, place)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the state; torch's own would turn it into the type of the weights."""
@@ -55,7 +58,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     self.state[parameter][name] = value.to(parameter.device, torch.float32, copy=True)
 
-    def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+    def _update(self, parameter: Tensor, group: Mapping[str, Any], place: int) -> None:
         state = self.state[parameter]
         is_low = parameter.dtype == torch.bfloat16
         if not state:
@@ -83,14 +86,17 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             maximize=False,
         )
         if is_low:
-            parameter.copy_(weight if self._keeps_master else round_stochastically(weight))
+            if not self._keeps_master:
+                seed = int(state["step"]) * PLACES + place
+                weight = round_stochastically(weight, torch.Generator(parameter.device).manual_seed(seed))
+            parameter.copy_(weight)
 
 
-def round_stochastically(values: Tensor) -> Tensor:
+def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     """float32 to bfloat16, up with the probability of how far the value has come from the lower neighbour.
 
     The 16 bits that bfloat16 lacks are a fraction; a uniform number of 16 bits is added, and what carries over stays.
     """
     bits = values.view(torch.int32)
-    noise = torch.randint_like(bits, 1 << 16)
+    noise = torch.randint(1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=bits.device)
     return ((bits + noise) & -(1 << 16)).view(torch.float32).bfloat16()

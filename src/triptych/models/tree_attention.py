@@ -7,6 +7,7 @@ two do not know (dropout, blocks of picture tokens or a short sliding window on 
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -115,13 +116,14 @@ class _Merged(torch.autograd.Function):
         gradients = [torch.zeros_like(item, memory_format=torch.contiguous_format) for item in (query, key, value)]
         for part in context.trees.stretches:
             index, real = part.index, part.is_real
-            ahead = gradient[index]
-            if real is not None:  # nothing behind the end of a stretch is a token of it
-                ahead = ahead * real[..., None, None]
+            ahead, logsum = gradient[index], total[index]
+            if real is not None:  # what stands behind the end of a stretch is no token of it and sees nothing
+                ahead = ahead.masked_fill(~real[..., None, None], 0.0)
+                logsum = logsum.masked_fill(~real[..., None], math.inf)
             parts = _flash_backward(
                 _heads(ahead),
                 *(_heads(item[index]) for item in (query, key, value, output)),
-                _heads(total[index]),
+                _heads(logsum),
                 0.0,
                 True,
                 scale=context.scale,

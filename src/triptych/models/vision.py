@@ -135,8 +135,12 @@ class VisionSide:
         connector = self._outer_connector()
         watched = nn.Identity() if connector is None else connector
         hook = watched.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        kind = next(iter(item.pixels.values())).device.type
+        dtype, is_on = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         try:
-            features = self._from_pixels(item.pixels)
+            # Casts of the connector's weights that are cached here would carry no gradients later.
+            with torch.autocast(kind, dtype, enabled=is_on, cache_enabled=False):
+                features = self._from_pixels(item.pixels)
         finally:
             hook.remove()
         states = {_POOLED: features.pooled[0]} if connector is None else {_STATES: inputs[0]}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import PIL
 import torch
+import transformers
 from rich.console import Console
 
 from triptych.core.distributed import broadcast_object, is_main
-from triptych.core.errors import ModelError
+from triptych.core.errors import DataError, ModelError
 from triptych.core.types import ImageReference, PictureInput
 from triptych.data.images import decode, picture_key
 from triptych.engine.parallel import Runtime
@@ -23,6 +26,8 @@ from triptych.stages.recipe import StageRecipe, VlmRecipe
 DECISION = "features.json"
 """In the folder of the run: whether states are kept. A resumed run decides as the first did: pictures go through the
 tower one by one where states are kept, in batches where they are not, which differ in rounding."""
+FORMAT = 1
+"""Of what is kept; another one makes all that was kept unknown."""
 PROBED = 3
 """Pictures that the probe computes and reads."""
 
@@ -36,15 +41,21 @@ def open_store(
         is_new: the run does not resume from a checkpoint.
 
     Raises:
-        ModelError: `features.keep` is `always`, and the states cannot be kept.
+        ModelError: `features.keep` is `always` or the run began with kept states, and they cannot be kept.
     """
     if not isinstance(recipe, VlmRecipe) or built.vision is None:
         return None
     output = Path(recipe.output)
+    is_sharded = runtime.strategy == "fsdp"
+    obstacle = "the weights are sharded" if is_sharded else store_obstacle(built.scorer.hf, built.components)
+    if obstacle is not None and recipe.features.keep == "always":
+        raise _refusal(obstacle, "or set `features.keep` to `auto`")
     decision = None
     if is_main():
-        decision = _decide(recipe, built, built.vision, runtime) if is_new else _recall(output / DECISION)
+        decision = _decide(recipe, built, built.vision, runtime, obstacle) if is_new else _recall(output / DECISION)
     keeps, reason = broadcast_object(decision)
+    if keeps and obstacle is not None:  # on every rank, or the others would wait
+        raise _refusal(obstacle, "or resume as the run began")
     if is_main():
         text = json.dumps({"keeps": keeps, "reason": reason}, indent=1) + "\n"
         (output / DECISION).write_text(text, encoding="utf-8")
@@ -63,19 +74,19 @@ def _recall(file: Path) -> tuple[bool, str]:
     return bool(decision["keeps"]), str(decision["reason"])
 
 
-def _decide(recipe: VlmRecipe, built: Built, vision: VisionSide, runtime: Runtime) -> tuple[bool, str]:
+def _refusal(obstacle: str, otherwise: str) -> ModelError:
+    remedy = f"freeze the tower (and a connector inside it), do not shard it, {otherwise}"
+    return ModelError(f"the features of pictures cannot be kept: {obstacle}", key="features.keep", remedy=remedy)
+
+
+def _decide(
+    recipe: VlmRecipe, built: Built, vision: VisionSide, runtime: Runtime, obstacle: str | None
+) -> tuple[bool, str]:
     config = recipe.features
-    is_sharded = runtime.strategy == "fsdp"
-    obstacle = "the weights are sharded" if is_sharded else store_obstacle(built.scorer.hf, built.components)
-    if config.keep == "never":
-        return False, "as the recipe says"
-    if obstacle is not None and config.keep == "always":
-        remedy = "freeze the tower (and a connector inside it), do not shard it, or set `features.keep` to `auto`"
-        raise ModelError(f"the features of pictures cannot be kept: {obstacle}", key="features.keep", remedy=remedy)
+    if config.keep != "auto":
+        return config.keep == "always", "as the recipe says"
     if obstacle is not None:
         return False, obstacle
-    if config.keep == "always":
-        return True, "as the recipe says"
     passes = _passes(recipe, built)
     store = _open(recipe, built, runtime)
     if passes < 2 and not len(store):
@@ -122,20 +133,24 @@ def _probe(built: Built, vision: VisionSide, runtime: Runtime) -> tuple[bool, st
 
 
 def _first_pictures(built: Built) -> list[ImageReference]:
+    """Some that can be decoded; what is wrong with others is training's business."""
     found: dict[object, ImageReference] = {}
     for dataset in built.datasets:
         for index in range(min(len(dataset), PROBED)):
-            found |= {image.identity: image for image in built.encode(dataset.sample(index)).images}
-            if len(found) >= PROBED:
-                return list(found.values())[:PROBED]
-    return list(found.values())
+            with suppress(DataError):
+                images = built.encode(dataset.sample(index)).images
+                for image in images:
+                    decode(image)
+                found |= {image.identity: image for image in images}
+    return list(found.values())[:PROBED]
 
 
 def _open(recipe: VlmRecipe, built: Built, runtime: Runtime) -> FeatureCache:
     settings = {
         "pictures": built.picture_settings,
         "precision": runtime.precision,
-        "torch": torch.__version__,
+        "device": runtime.device.type,
+        "libraries": [FORMAT, torch.__version__, transformers.__version__, PIL.__version__],
     }
     key = tower_key(tower_state(built.scorer.hf, built.components), settings)
     config = recipe.features

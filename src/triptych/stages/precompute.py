@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -33,6 +35,8 @@ from triptych.models.features import FeatureCache, tower_key
 from triptych.models.reference import REFERENCE_LOGPROBS, reference_logprobs
 from triptych.models.vlm import VlmScorer
 
+FORMAT = 1
+"""Of what is kept; another one makes all that was kept unknown."""
 TOGETHER = 4
 """Examples in a forward pass, whatever training does: its micro-batches must not change the numbers' roundings."""
 
@@ -49,6 +53,7 @@ class PrecomputedReference:
     settings: Mapping[str, Any]
     """What tokens and numbers depend on beside weights and rows: image processor, template, longest row."""
     _store: FeatureCache | None = field(default=None, init=False)
+    _home: Path | None = field(default=None, init=False)
 
     def encode(self, sample: Sample) -> Example:
         """The example with `token_values["reference_logprobs"]` in every branch.
@@ -65,7 +70,9 @@ class PrecomputedReference:
         known = self._store.get(key)
         if known is None:
             message = f"{example.origin}: the reference's log-probabilities of this row are not known"
-            raise ModelError(message, remedy="data files must not change during a run; start it again")
+            raise ModelError(
+                message, remedy=f"it changed since they were computed: delete {self._home} and start again"
+            )
         branches = tuple(
             replace(branch, token_values={**branch.token_values, REFERENCE_LOGPROBS: known[str(number)]})
             for number, branch in enumerate(example.branches)
@@ -93,9 +100,11 @@ class PrecomputedReference:
             **self.settings,
             "decode": config.decode,
             "precision": runtime.precision,
-            "torch": torch.__version__,
+            "device": runtime.device.type,
+            "libraries": [FORMAT, torch.__version__, transformers.__version__, PIL.__version__],
         }
         home = folder / tower_key(scorer.state_dict(), settings)
+        self._home = home
         store = FeatureCache(home)
         finished = home / f"{self._data_key(datasets)}.done"
         if not finished.is_file():

@@ -135,3 +135,14 @@ def test_capped_scores_are_refused() -> None:
     trees = layout()
     with pytest.raises(ValueError, match="soft-capping"):
         tree_attention(torch.nn.Identity(), *states(trees), None, trees=trees, softcap=30.0)
+
+
+def test_large_scores_leave_no_trace_of_padding() -> None:
+    """Padding behind a short stretch holds the states of another token, whose scores may be far above its own."""
+    trees = layout()
+    inputs = [(40 * item.detach()).requires_grad_() for item in states(trees)]
+    found, expected = as_transformers(inputs, trees, None), written_out(inputs, trees, None)
+    weights = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    wanted = torch.autograd.grad((expected * weights).sum(), inputs)
+    for ours, theirs in zip(torch.autograd.grad((found * weights).sum(), inputs), wanted, strict=True):
+        assert (ours - theirs).norm() <= 1e-9 * theirs.norm()

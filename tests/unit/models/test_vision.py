@@ -129,3 +129,17 @@ def test_a_batch_whose_pictures_are_not_attached_is_refused() -> None:
     inputs = (PictureInput("A", pictures.pixels([A])),)
     with pytest.raises(ModelError, match="features of 1 pictures, the batch has 3"):
         scorer(replace(batch, pixels=None, picture_inputs=inputs))
+
+
+def test_the_connector_gets_its_gradients_under_autocast_too(tmp_path: Path) -> None:
+    scorer, tokenizer, pictures = _build("llava")
+    batch = batch_of(ROWS, tokenizer, pictures)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, expected = _run(scorer, batch)
+    scorer.vision.store = FeatureCache(tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, ours = _run(scorer, _inputs(batch, pictures, scorer.vision.store))
+    names = [name for name in expected if "multi_modal_projector" in name]
+    assert names and ours.keys() == expected.keys()
+    for name in names:
+        assert (ours[name] - expected[name]).norm() <= 0.05 * expected[name].norm(), name

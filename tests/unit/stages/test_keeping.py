@@ -129,3 +129,26 @@ def test_a_tower_that_trains_is_refused_or_left_alone(files: Files, tmp_path: Pa
     assert done.status == 1 and "features.keep" in done.err and "the vision tower trains" in done.err
     done = triptych("train", recipe(files, tmp_path / "auto", tuning=rules))
     assert done.status == 0 and "not kept, the vision tower trains" in done.out
+
+
+def test_a_row_that_cannot_be_used_does_not_stop_the_probe(files: Files, tmp_path: Path) -> None:
+    values = tune(files)
+    rows = json.loads(Path(values["data"][0]["path"]).read_text())
+    rows[0]["image"] = "gone.png"
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps(rows))
+    data = [{**values["data"][0], "path": str(broken)}]
+    done = triptych("train", recipe(files, tmp_path, data=data, loader={"on_bad_row": "skip"}))
+    assert done.status == 0, done.err
+    assert "to compute" in decision(tmp_path)["reason"]
+
+
+def test_a_run_that_kept_features_cannot_go_on_where_they_cannot_be_kept(files: Files, tmp_path: Path) -> None:
+    rules = [{**rule, "method": "full"} for rule in RULES]
+    file = recipe(files, tmp_path, tuning=rules)
+    assert triptych("train", file).status == 0
+    run = tmp_path / "run"
+    (run / "features.json").write_text('{"keeps": true, "reason": "because"}')
+    shutil.rmtree(sorted((run / "checkpoints").glob("step-*"))[-1])
+    done = triptych("train", file)
+    assert done.status == 1 and "resume as the run began" in done.err
