@@ -40,8 +40,8 @@ as users run it, or, where its path on CPUs does more than the one on GPUs, its 
 our time says "compiled", our blocks are compiled (`train.runtime.compile`, off unless asked for: the first step of a
 run takes a minute more); peers are not, as their users mostly run them. `sft_full_196_eager` is the first row without.
 
-In the rows of preferences our reference's log-probabilities were computed before training, once for each pair. That pass is
-not in our time: it is spread over the epochs of a run, and a run of a single epoch pays it as the peer does.
+In the rows of preferences our reference's log-probabilities were computed before training, once for each pair. That
+pass is not in our time: it is spread over the epochs of a run, and a run of a single epoch pays it as the peer does.
 
 Run it with `make bench`, or `make bench ARGUMENTS="sft_full_196 scaling"` for a part: rows that are not measured keep
 their figures. Leave the machine alone meanwhile.
