@@ -107,6 +107,13 @@ class LoaderConfig(Config):
         """`rows_per_picture` with its default worked out."""
         return self.rows_per_picture or max(1, min(8, self.global_batch // 8))
 
+    def passes(self, rows: int) -> float:
+        """How often a run goes over so many rows."""
+        if self.epochs is not None:
+            return self.epochs
+        assert self.steps is not None
+        return self.steps * self.global_batch / rows
+
     @model_validator(mode="after")
     def _one_length(self) -> LoaderConfig:
         if (self.epochs is None) == (self.steps is None):

@@ -138,6 +138,22 @@ def make_mixture(datasets: Sequence[Dataset], config: LoaderConfig, *, by_pictur
     )
 
 
+def training_loader(
+    built: Built, config: LoaderConfig, output: Path | None = None, store: FeatureStore | None = None
+) -> Loader:
+    """`make_loader` for the rows that a stage trains on; arguments as there."""
+    return make_loader(
+        built.datasets,
+        built.encode,
+        built.pictures,
+        config,
+        output,
+        by_picture=built.by_picture,
+        packed=built.packed,
+        store=store,
+    )
+
+
 def settled(config: LoaderConfig, tokens: int | None = None) -> LoaderConfig:
     """The settings with a number in the place of `micro_batch: auto`.
 
@@ -194,15 +210,7 @@ def preflight(recipe: StageRecipe, built: Built) -> None:
     if recipe.train.best and recipe.evaluation is None:
         message = f"`{recipe.train.best.metric}` is followed, but nothing evaluates it"
         raise ConfigError(Problem(message, key="train.best", remedy="give `evaluation:`, or take `best` out"))
-    loader = make_loader(
-        built.datasets,
-        built.encode,
-        built.pictures,
-        settled(recipe.loader),
-        None,
-        by_picture=built.by_picture,
-        packed=built.packed,
-    )
+    loader = training_loader(built, settled(recipe.loader))
     build_optimizer(built.groups, recipe.train.optimizer, recipe.loader.global_batch)
     multiplier(recipe.train.schedule, 0, loader.total_windows)
     checkpointed_blocks(recipe.train.runtime.activation_checkpointing, len(built.blocks))

@@ -87,18 +87,11 @@ def _decide(
         return config.keep == "always", "as the recipe says"
     if obstacle is not None:
         return False, obstacle
-    passes = _passes(recipe, built)
+    passes = recipe.loader.passes(sum(len(dataset) for dataset in built.datasets))
     store = _open(recipe, built, runtime)
     if passes < 2 and not len(store):
         return False, f"{passes:.3g} passes over the data show hardly a picture twice"
     return _probe(built, vision, runtime)
-
-
-def _passes(recipe: VlmRecipe, built: Built) -> float:
-    if recipe.loader.epochs is not None:
-        return recipe.loader.epochs
-    assert recipe.loader.steps is not None
-    return recipe.loader.steps * recipe.loader.global_batch / sum(len(dataset) for dataset in built.datasets)
 
 
 def _probe(built: Built, vision: VisionSide, runtime: Runtime) -> tuple[bool, str]:

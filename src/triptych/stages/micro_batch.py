@@ -35,7 +35,7 @@ from triptych.engine.micro_batch import (
     untouched_run,
 )
 from triptych.engine.parallel import Runtime
-from triptych.stages.build import Built, make_loader, make_mixture, resolved, settled
+from triptych.stages.build import Built, make_mixture, resolved, settled, training_loader
 from triptych.stages.recipe import StageRecipe
 
 MICRO_BATCH = "micro_batch.json"
@@ -124,15 +124,7 @@ def find_tokens(recipe: StageRecipe, built: Built, runtime: Runtime, scorer: nn.
     longest = rows[0]
     if room.passes <= 0:
         raise _no_room(longest, built.packed, room, None)
-    source = make_loader(
-        built.datasets,
-        built.encode,
-        built.pictures,
-        settled(recipe.loader).model_copy(update={"prefetch": 0}),
-        None,
-        by_picture=built.by_picture,
-        packed=built.packed,
-    )
+    source = training_loader(built, settled(recipe.loader).model_copy(update={"prefetch": 0}))
     meter = Meter(scorer, built.objective, source, built.reference, runtime)
     passes = Passes(meter, rows, shared, Budget(share, packed=built.packed))
     with untouched_run(scorer):

@@ -65,10 +65,7 @@ def reference_kind(recipe: PreferenceRecipe, plan: TuningPlan, rows: int) -> Ref
     """What `auto` means for this recipe: computed before training where every row is used at least once."""
     if recipe.reference != "auto":
         return recipe.reference
-    steps, epochs = recipe.loader.steps, recipe.loader.epochs
-    passes = epochs if steps is None else steps * recipe.loader.global_batch / rows
-    assert passes is not None
-    if passes >= 1:
+    if recipe.loader.passes(rows) >= 1:
         return "precomputed"
     return "adapter_off" if plan.adapters and not plan.full_matches else "frozen"
 

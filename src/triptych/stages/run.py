@@ -26,7 +26,7 @@ from triptych.engine.state import seed_everything
 from triptych.engine.trainer import Trainer
 from triptych.models.tuning import check_gradients
 from triptych.models.vlm import VlmScorer
-from triptych.stages.build import Built, make_loader, resolved, settled
+from triptych.stages.build import Built, resolved, settled, training_loader
 from triptych.stages.doctor import environment
 from triptych.stages.keeping import open_store
 from triptych.stages.micro_batch import PLANNED, Found, settle_loader
@@ -136,16 +136,7 @@ def make_trainer(
         store: knows what a frozen tower makes of pictures.
     """
     evaluators: list[Evaluator] = built.evaluators(scorer, runtime)
-    source = make_loader(
-        built.datasets,
-        built.encode,
-        built.pictures,
-        loader,
-        output,
-        by_picture=built.by_picture,
-        packed=built.packed,
-        store=store,
-    )
+    source = training_loader(built, loader, output, store)
     return Trainer(
         scorer=scorer,
         objective=built.objective,
@@ -171,15 +162,7 @@ def show_plan(recipe: StageRecipe, built: Built, console: Console) -> None:
     mixture = Mixture([len(item) for item in built.datasets], [item.config.weight for item in built.datasets], 0)
     for dataset, quota in zip(built.datasets, mixture.quotas, strict=True):
         console.print(f"{dataset.name}: {len(dataset)} rows, {quota} draws an epoch", markup=False)
-    loader = make_loader(
-        built.datasets,
-        built.encode,
-        built.pictures,
-        settled(recipe.loader),
-        None,
-        by_picture=built.by_picture,
-        packed=built.packed,
-    )
+    loader = training_loader(built, settled(recipe.loader))
     console.print(
         f"{loader.total_windows} steps of {recipe.loader.global_batch} examples, into {recipe.output}", markup=False
     )
