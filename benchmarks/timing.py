@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 
 import psutil
 import torch
 from torch import Tensor, nn
 
+from triptych.engine.memory import PeakMemory
+
+LOOK = 0.01
+"""Seconds between two looks at the resident memory."""
 QUIET = 0.08
 """Share of the processors that other processes may use while a step is timed."""
 PATIENCE = 60.0
@@ -76,10 +75,8 @@ def interleave(ways: Sequence[Way], repeats: int, warm_up: int = 1, patience: fl
 
 def _take_step(way: Way, patience: float) -> tuple[float, int, bool]:
     way.model.zero_grad(set_to_none=True)
-    gc.collect()
-    _give_back()
     is_disturbed = not wait_until_quiet(patience)
-    with PeakMemory() as memory:
+    with PeakMemory(torch.device("cpu"), LOOK) as memory:
         start = time.perf_counter()
         way.run()
         if way.optimizer is not None:
@@ -87,41 +84,6 @@ def _take_step(way: Way, patience: float) -> tuple[float, int, bool]:
         seconds = time.perf_counter() - start
     way.model.zero_grad(set_to_none=True)
     return seconds, memory.added, is_disturbed
-
-
-class PeakMemory:
-    """Resident memory of this process while it is entered, looked at every 10 ms."""
-
-    def __init__(self) -> None:
-        self._process = psutil.Process()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._before = 0
-        self._peak = 0
-
-    @property
-    def added(self) -> int:
-        """Bytes at the peak less those at the start."""
-        return self._peak - self._before
-
-    def __enter__(self) -> PeakMemory:
-        self._before = self._peak = self._process.memory_info().rss
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._look()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            self._look()
-
-    def _look(self) -> None:
-        self._peak = max(self._peak, self._process.memory_info().rss)
 
 
 def wait_until_quiet(patience: float = PATIENCE) -> bool:
@@ -139,9 +101,3 @@ def wait_until_quiet(patience: float = PATIENCE) -> bool:
             return True
         if time.monotonic() > end:
             return False
-
-
-def _give_back() -> None:
-    """Let the allocator return what is free, so that a step's peak is its own."""
-    with contextlib.suppress(OSError, AttributeError):  # another allocator: the base is a little higher for both ways
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

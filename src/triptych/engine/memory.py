@@ -91,8 +91,13 @@ class PeakMemory:
     """What is allocated on a device while this is entered: measured by torch on CUDA, else the resident memory of the
     process, looked at every few milliseconds. Not for use within itself."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, interval: float = _INTERVAL) -> None:
+        """
+        Args:
+            interval: seconds between two looks on a CPU.
+        """
         self._device = device
+        self._interval = interval
         self._process = psutil.Process()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="triptych-memory", daemon=True)
@@ -126,7 +131,7 @@ class PeakMemory:
         self._look()
 
     def _watch(self) -> None:
-        while not self._is_over.wait(_INTERVAL):
+        while not self._is_over.wait(self._interval):
             self._look()
 
     def _look(self) -> None:
