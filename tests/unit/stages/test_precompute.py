@@ -136,3 +136,18 @@ def test_a_row_that_changed_since_is_refused(files: Files, tmp_path: Path) -> No
 def _with_other_answer(example: Any) -> Any:
     first = replace(example.branches[0], input_ids=example.branches[0].input_ids + 1)
     return replace(example, branches=(first, *example.branches[1:]))
+
+
+def test_another_picture_is_another_row(files: Files, tmp_path: Path) -> None:
+    known, vlm, datasets, loader = _reference(files, tmp_path)
+    _prepare(known, vlm, datasets, loader, tmp_path)
+    plain, sample = known.encode_plain, datasets[0].sample(0)
+    other = next(
+        image
+        for index in range(1, len(datasets[0]))
+        for image in datasets[0].sample(index).images
+        if image.identity != sample.images[0].identity
+    )
+    known.encode_plain = lambda given: replace(plain(given), images=(other,))
+    with pytest.raises(ModelError, match="are not known"):
+        known.encode(sample)
