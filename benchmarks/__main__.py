@@ -12,19 +12,24 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import record, scaling
-from benchmarks.row import Row, Setting
-from benchmarks.table import COMPILED, FEWER_REPEATS, REPEATS, ROWS, TARGETS
+from benchmarks.models import SCALES
+from benchmarks.process import COMMAND, Remote, serve
+from benchmarks.row import Setting
+from benchmarks.table import COMPILED, FEWER_REPEATS, PLAIN, REPEATS, ROWS, TARGETS
 from benchmarks.timing import Timing, interleave
+from triptych.engine.allocator import keep_memory
 
+MEMORY_KEPT = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""What `triptych train` sets beside `keep_memory`."""
+WAYS = ("ours", "peer")
 SCALING = "scaling"
 """Beside the names of rows: how time and memory grow."""
 
@@ -32,20 +37,32 @@ SCALING = "scaling"
 def main() -> int:
     """Measure all rows and the scaling, or what is named; 1 where something failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("rows", nargs="*", metavar="row", help=f"what to measure; default: all of {[*ROWS, SCALING]}")
+    parser.add_argument(
+        "rows",
+        nargs="*",
+        metavar="row",
+        help=f"what to measure, such as dpo_196, or dpo_196@360m for models of another size ({', '.join(SCALES)}; "
+        f"without one 135m on CPUs and 360m on GPUs); default: all of {', '.join([*ROWS, SCALING])}",
+    )
     parser.add_argument("--repeats", type=int, help="timed turns of each way; default: the row's own number")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    unknown = [name for name in arguments.rows if name not in (*ROWS, SCALING)]
+    unknown = [name for name in arguments.rows if name not in known_rows()]
     if unknown:
         parser.error(f"there is no row {', '.join(unknown)}; there are {', '.join([*ROWS, SCALING])}")
-    if arguments.one:
-        (name,) = arguments.rows
-        repeats = arguments.repeats or FEWER_REPEATS.get(name, REPEATS)
-        print(json.dumps(scaling.measure(has_bf16()) if name == SCALING else measure(name, repeats)))
+    if arguments.way:
+        be(arguments.way, arguments.rows[0])
         return 0
-    extra = [] if arguments.repeats is None else ["--repeats", str(arguments.repeats)]
-    return run(arguments.rows or [*ROWS, SCALING], lambda name: _in_own_process([name, *extra]))
+    if arguments.one:
+        print(json.dumps(scaling.measure(Setting(bf16=has_bf16(), device=device()))))
+        return 0
+
+    def measure_one(name: str) -> Any:
+        return _measure_scaling() if name == SCALING else measure(name, arguments.repeats)
+
+    folder = record.ON_CUDA if device().type == "cuda" else record.FOLDER
+    return run(arguments.rows or [*ROWS, SCALING], measure_one, folder)
 
 
 def run(names: Sequence[str], measure_one: Callable[[str], Any], folder: Path = record.FOLDER) -> int:
@@ -58,7 +75,7 @@ def run(names: Sequence[str], measure_one: Callable[[str], Any], folder: Path = 
     Returns:
         0, or 1 where something failed; what it was is in the file.
     """
-    stamp = {"date": record.today(), "machine": record.machine(precision())}
+    stamp = {"date": record.today(), "machine": record.machine(precision(), device())}
     has_failed = False
     for name in names:
         start = time.monotonic()
@@ -72,36 +89,74 @@ def run(names: Sequence[str], measure_one: Callable[[str], Any], folder: Path = 
             found = [{**point, **stamp} for point in found]
         else:
             found = {**found, **stamp, "seconds": round(seconds)}
-        result = record.add(record.read(folder), name, found, [*ROWS, SCALING])
+        result = record.add(record.read(folder), name, found, known_rows())
         record.write({**result, "machine": stamp["machine"]}, folder)
         print(f"{name:24} {_summary(found)}; {seconds:.0f} s in all", flush=True)
     return int(has_failed)
 
 
-def measure(name: str, repeats: int) -> dict[str, Any]:
-    """One row, in this process."""
-    row = ROWS[name](Setting(bf16=has_bf16(), compiled=name in COMPILED))
-    timings = interleave([row.ours, row.peer], repeats)
-    return describe(name, row, timings[row.ours.name], timings[row.peer.name])
+def known_rows() -> list[str]:
+    """All names, those of other scales behind their row's."""
+    return [*(name for row in ROWS for name in (row, *(f"{row}@{scale}" for scale in SCALES))), SCALING]
 
 
-def describe(name: str, row: Row, ours: Timing, peer: Timing) -> dict[str, Any]:
-    """What the file says of a row."""
-    target = TARGETS.get(name)
+def measure(name: str, repeats: int | None) -> dict[str, Any]:
+    """One row, each way in a process of its own.
+
+    Args:
+        repeats: timed turns; the row's own number if None.
+    """
+    key = name.partition("@")[0]
+    kept = MEMORY_KEPT if key not in PLAIN and device().type == "cpu" else {}
+    with Remote([name, "--way", "ours"], kept) as ours, Remote([name, "--way", "peer"], {}) as peer:
+        about, _ = ours.about(), peer.about()
+        timings = interleave({"ours": ours, "peer": peer}, repeats or FEWER_REPEATS.get(key, REPEATS))
+    if not about.pop("compares_memory"):
+        timings["ours"].added = timings["peer"].added = 0
+    return describe(name, about, timings["ours"], timings["peer"])
+
+
+def be(way: str, name: str) -> None:
+    """The process of one way of a row."""
+    key, _, scale = name.partition("@")
+    if way == "ours" and key not in PLAIN and device().type == "cpu":
+        keep_memory()
+    scale = scale or ("135m" if device().type == "cpu" else "360m")
+    setting = Setting(SCALES[scale], has_bf16(), compiled=key in COMPILED, device=device())
+    row = ROWS[key](setting)
+    about = {
+        "unit": row.unit,
+        "peer_name": row.peer_name,
+        "peer_kind": row.peer_kind,
+        "scale": scale,
+        "compares_memory": row.compares_memory,
+    }
+    chosen = row.ours if way == "ours" else row.peer
+    del row  # with the model of the other way
+    serve(chosen, about)
+
+
+def describe(name: str, about: Mapping[str, Any], ours: Timing, peer: Timing) -> dict[str, Any]:
+    """What the file says of a row.
+
+    Args:
+        about: what the row says of itself: unit, peer_name, peer_kind, scale.
+    """
+    target = TARGETS.get(name)  # those of other scales have none
+    key = name.partition("@")[0]
     return {
         "name": name,
         "ours": ours.median,
         "peer": peer.median,
-        "unit": row.unit,
-        "peer_name": row.peer_name,
-        "peer_kind": row.peer_kind,
-        "compiled": name in COMPILED,
+        **about,
+        "compiled": key in COMPILED,
+        "memory_kept": key not in PLAIN,
         "ratio": peer.median / ours.median,
-        "memory_ratio": ours.peak / peer.peak if row.compares_memory and peer.peak else None,
+        "memory_ratio": ours.added / peer.added if peer.added else None,
         "target_ratio": None if target is None else target.ratio,
         "target_memory": None if target is None else target.memory,
-        "ours_bytes": ours.peak,
-        "peer_bytes": peer.peak,
+        "ours_bytes": ours.added,
+        "peer_bytes": peer.added,
         "ours_seconds": ours.seconds,
         "peer_seconds": peer.seconds,
         "n": len(ours.seconds),
@@ -110,8 +165,15 @@ def describe(name: str, row: Row, ours: Timing, peer: Timing) -> dict[str, Any]:
     }
 
 
+def device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 itself; where it does not, both ways run in float32."""
+    """Whether the device multiplies bf16 itself; where it does not, both ways run in float32."""
+    if device().type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -120,24 +182,16 @@ def precision() -> str:
     return "bf16" if has_bf16() else "float32"
 
 
-def _in_own_process(arguments: Sequence[str]) -> Any:
-    """What the same command prints last with `--one`, so that each row has fresh memory.
+def _measure_scaling() -> Any:
+    """What the command prints last with `--one`: the scaling in one process, so that it has fresh memory.
 
     Raises:
-        RuntimeError: it failed; with the last line it wrote.
+        RuntimeError: it failed.
     """
-    command = [sys.executable, "-m", "benchmarks", *arguments, "--one"]
-    last = "it wrote nothing"
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        with subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr is not None
-            for line in process.stderr:
-                sys.stderr.write(line)
-                last = line.strip() or last
-        if process.returncode != 0:
-            raise RuntimeError(f"exit status {process.returncode}: {last}")
-        output.seek(0)
-        return json.loads(output.read().splitlines()[-1])
+    process = subprocess.run([*COMMAND, SCALING, "--one"], stdout=subprocess.PIPE, text=True, check=False)
+    if process.returncode != 0:
+        raise RuntimeError(f"exit status {process.returncode}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def _summary(found: Any) -> str:

@@ -31,8 +31,9 @@ TOWER = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 2, "
 
 def contrastive_4096(setting: Setting) -> Row:
     """One step of the window objective, against a graph of all pairs at once."""
-    model = _build_model()
+    model = _build_model().to(setting.device)
     batches, pixels = _draw_pairs(setting.scale.pairs, setting.scale.pairs_together)
+    batches, pixels = tuple(batch.to(setting.device) for batch in batches), pixels.to(setting.device)
     scorer = DualEncoderScorer(model, find_dual_components(model)).train()
     objective = ContrastiveObjective(ContrastiveConfig())
     runtime = Runtime(RuntimeConfig(precision="bf16" if setting.bf16 else "fp32"))
@@ -86,7 +87,7 @@ def _naive(model: CLIPModel, ids: Tensor, mask: Tensor, pixels: Tensor) -> Tenso
     texts = F.normalize(model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output.float(), dim=-1)
     with torch.autocast(ids.device.type, enabled=False):
         logits = model.logit_scale.exp() * images @ texts.T
-    targets = torch.arange(len(ids))
+    targets = torch.arange(len(ids), device=ids.device)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 

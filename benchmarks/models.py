@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,31 @@ FULL = Scale(
     vision={"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6},
 )
 """SmolLM2-135M behind a tower of 22 million parameters."""
+
+SMOLLM2_360M = Scale(
+    language={
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "vocab_size": VOCABULARY,
+    },
+    vision=FULL.vision,
+)
+LLAVA_7B = Scale(
+    language={
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": VOCABULARY,
+    },
+    vision={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+)
+SCALES: Mapping[str, Scale] = {"135m": FULL, "360m": SMOLLM2_360M, "7b": LLAVA_7B}
+"""By name; the larger ones are for GPUs, and the largest only for rows that train few of its weights."""
 
 TINY = Scale(
     language={

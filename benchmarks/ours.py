@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +34,7 @@ def policy_gradient(scorer: VlmScorer, batch: Batch, advantages: Tensor) -> Tens
 def with_reference(scorer: VlmScorer, batch: Batch) -> Batch:
     """The batch with the log-probabilities of the model as it is, computed once before training."""
     with torch.no_grad():
-        return Batch(**{**batch.__dict__, "token_values": {REFERENCE_LOGPROBS: _logprobs(scorer, batch)}})
+        return replace(batch, token_values={REFERENCE_LOGPROBS: _logprobs(scorer, batch)})
 
 
 def _logprobs(scorer: VlmScorer, batch: Batch) -> Tensor:

@@ -28,7 +28,7 @@ def hugging_face_trainer(model: PreTrainedModel, batch: Batch, bf16: bool) -> tu
     """Forward and backward through `transformers.Trainer.training_step`: `labels=`, so logits of every position."""
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=model.device.type == "cpu",
         bf16=bf16,
         report_to=[],
         learning_rate=0.0,

@@ -12,6 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,35 @@ def collect(seconds: dict[str, float], steps: dict[str, int]) -> list[dict[str, 
         }
         for name, settings in ways().items()
     ]
+
+
+def section(result: Mapping[str, Any]) -> str:
+    """The result in Markdown, for docs/benchmarks.md."""
+    seeds = [f"seed {seed}" for seed in SEEDS]
+    lines = [
+        "## Questions about each picture, in equal time",
+        "",
+        f"What the demo's third stage learns in {result['seconds']:.0f} seconds of training from its aligned model, "
+        "with so many questions about each picture of a step, as trees and with each question as a row of its own. "
+        f"Right answers to 500 of the demo's test questions in percent, seeds {' and '.join(map(str, SEEDS))}. "
+        "Pictures of the demo are 9 tokens: what a tree saves is small, and more questions a picture mean fewer "
+        "pictures. All ways train on ten tasks, of which the test asks five. `python -m benchmarks.questions` writes "
+        "this.",
+        "",
+        f"| questions a picture | way | seconds a step | steps | {' | '.join(seeds)} | mean |",
+        f"| ---: | --- | ---: | ---: | {'---: | ' * len(SEEDS)}---: |",
+    ]
+    for way in result["ways"]:
+        right = [100 * value for value in way["accuracy"]]
+        cells = [
+            str(way["questions"]),
+            str(way["way"]),
+            f"{way['seconds_a_step']:.2f}",
+            str(way["steps"]),
+            *(f"{value:.1f}" for value in (*right, statistics.mean(right))),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -14,12 +14,16 @@ import torch
 
 FOLDER = Path(__file__).parent / "results"
 LATEST = "latest.json"
+ON_CUDA = FOLDER / "cuda"
+"""Results of GPUs have files of their own."""
 
 Result = dict[str, Any]
 
 
-def machine(precision: str) -> str:
+def machine(precision: str, device: torch.device) -> str:
     """What the figures were measured on, in one line."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {precision}"
     cores, memory = psutil.cpu_count(logical=True), psutil.virtual_memory().total / 2**30
     return (
         f"{_processor()}, {cores} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB, "

@@ -1,11 +1,12 @@
-"""`python -m benchmarks.report`: docs/benchmarks.md and its plots from `results/latest.json`, and from nothing else."""
+"""`python -m benchmarks.report`: docs/benchmarks.md and its plots from the files in `results` and nothing else."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import figures, record
+from benchmarks import allocator, figures, questions, record
 from benchmarks.models import VOCABULARY
 from benchmarks.record import Result
 from benchmarks.timing import QUIET
@@ -23,25 +24,29 @@ AXES: Mapping[str, tuple[str, str]] = {
 """Axis of the scaling -> (heading, name of the numbers)."""
 
 INTRODUCTION = f"""\
-<!-- Written by `python -m benchmarks.report` from benchmarks/results/latest.json: change that, not this. -->
+<!-- Written by `python -m benchmarks.report` from the files in benchmarks/results: change those, not this. -->
 # Benchmarks
 
-Both ways take the same step of the same model, in turns and in one process, with fused AdamW. Before each step the
-process waits until others use less than {QUIET:.0%} of the processors, for a minute at most; steps measured in
-spite of them are counted as disturbed. Seconds are medians. Memory is what a step adds: resident memory, looked at
-every 10 ms, less that before the step, when gradients are freed and the optimizer's state exists. A ratio above 1
-means that we are faster; a share of memory below 1 means that we need less. That both ways compute the same loss and
-gradients (or tokens) is tested for every row.
+Both ways take the same step of the same model, with fused AdamW, in turns: each has a process of its own, which sleeps
+while the other takes its step. Before each step the command waits until others use less than {QUIET:.0%} of the
+processors, for a minute at most; steps measured in spite of them, or during which they began, are counted as disturbed.
+Seconds are medians. Memory is what one more step adds: resident memory, looked at every 10 ms, less that before the
+step, when free memory is given back, gradients are freed and the optimizer's state exists. A ratio above 1 means that
+we are faster; a share of memory below 1 means that we need less. That both ways compute the same loss and gradients
+(or tokens) is tested for every row.
 
 Models have random weights and real shapes: SmolLM2-135M behind a tower of 22 million parameters that rests, unless a
 row says otherwise. **Its vocabulary of {VOCABULARY:,} words is large for its size, which inflates what is won by
 computing logits of learned positions only; a model of 7 billion parameters wins less by that.** A peer is either run
 as users run it, or, where its path on CPUs does more than the one on GPUs, its GPU algorithm is written again. Where
 our time says "compiled", our blocks are compiled (`train.runtime.compile`, off unless asked for: the first step of a
-run takes a minute more); peers are not, as their users mostly run them. `sft_full_196_eager` is the first row without.
+run takes a minute more); peers are not, as their users mostly run them. Our processes keep freed memory and ask for
+large pages, as `triptych train` does on CPUs (the last section); peers' are as their users start them.
+`sft_full_196_eager` is the first row without either: what the algorithm alone wins.
 
-In the rows of preferences our reference's log-probabilities were computed before training, once for each pair. That
-pass is not in our time: it is spread over the epochs of a run, and a run of a single epoch pays it as the peer does.
+In the rows of preferences our reference's log-probabilities were computed before training, once for each pair, and the
+frozen tower's features kept from then, as a run does by itself. That pass is not in our time: it is spread over the
+epochs of a run. `dpo_196_one_epoch` has it in every step, as a run of a single epoch pays it.
 
 Run it with `make bench`, or `make bench ARGUMENTS="sft_full_196 scaling"` for a part: rows that are not measured keep
 their figures. Leave the machine alone meanwhile.
@@ -58,11 +63,21 @@ def main() -> None:
         old.unlink()
     for name, text in plots.items():
         (folder / name).write_text(text, encoding="utf-8")
-    (DOCS / "benchmarks.md").write_text(page(result), encoding="utf-8")
+    (DOCS / "benchmarks.md").write_text(page(result, sections()), encoding="utf-8")
 
 
-def page(result: Result) -> str:
-    """The page in Markdown."""
+def sections() -> list[str]:
+    """What other commands than `make bench` measured, one section each."""
+    found = ((questions.RESULT, questions.section), (allocator.RESULT, allocator.section))
+    return [section(json.loads(path.read_text(encoding="utf-8"))) for path, section in found if path.is_file()]
+
+
+def page(result: Result, more: Sequence[str] = ()) -> str:
+    """The page in Markdown.
+
+    Args:
+        more: sections for its end.
+    """
     rows, points = result["rows"], result.get("scaling", [])
     parts = [INTRODUCTION, _machines([*rows, *points])]
     if rows:
@@ -78,7 +93,7 @@ def page(result: Result) -> str:
             "model is small, so that all points take minutes.\n"
         )
         parts += [_axis(axis, points) for axis in AXES if any(point["axis"] == axis for point in points)]
-    return "\n".join(parts)
+    return "\n".join([*parts, *more])
 
 
 def draw(result: Result) -> dict[str, str]:
@@ -200,7 +215,7 @@ def _misses_time(row: Result) -> bool:
 
 
 def _misses_memory(row: Result) -> bool:
-    return row.get("target_memory") is not None and row["memory_ratio"] > row["target_memory"]
+    return row.get("target_memory") is not None and (row["memory_ratio"] or 0) > row["target_memory"]
 
 
 def _axis(axis: str, points: Sequence[Result]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
@@ -20,7 +19,7 @@ SAMPLES, NEW_TOKENS = 8, 32
 
 def rollout_k8(setting: Setting) -> Row:
     """Both ways draw with the same seed, so their tokens are the same."""
-    model = build_model(setting.scale, 196).eval()
+    model = build_model(setting.scale, 196).to(setting.device).eval()
     generator = torch.Generator().manual_seed(1)
     question = torch.randint(5, VOCABULARY - 100, (24,), generator=generator)
     prompt = torch.cat([torch.tensor([1]), torch.full((196,), IMAGE_TOKEN), question])
@@ -31,7 +30,7 @@ def rollout_k8(setting: Setting) -> Row:
 
     def ours() -> Tensor:
         torch.manual_seed(0)
-        with _precision(setting):
+        with setting.autocast():
             answers = generate(
                 model,
                 [Prompt(prompt, (blank,))],
@@ -45,12 +44,12 @@ def rollout_k8(setting: Setting) -> Row:
 
     def peer() -> Tensor:
         torch.manual_seed(0)
-        ids = prompt.repeat(SAMPLES, 1)
-        with torch.no_grad(), _precision(setting):
+        ids = prompt.repeat(SAMPLES, 1).to(setting.device)
+        with torch.no_grad(), setting.autocast():
             output = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                pixel_values=pixels.repeat(SAMPLES, 1, 1, 1),
+                pixel_values=pixels.repeat(SAMPLES, 1, 1, 1).to(setting.device),
                 max_new_tokens=NEW_TOKENS,
                 do_sample=True,
                 temperature=1.0,
@@ -58,7 +57,7 @@ def rollout_k8(setting: Setting) -> Row:
                 top_k=0,
                 pad_token_id=0,
             )
-        return output[:, len(prompt) :]
+        return output[:, len(prompt) :].cpu()
 
     return Row(
         Way("ours", ours, model),
@@ -85,7 +84,3 @@ class _OnePicture:
 
     def pixels(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
         return {"pixel_values": self.prepared}
-
-
-def _precision(setting: Setting) -> Any:
-    return torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from benchmarks.models import FULL, Scale
 from benchmarks.timing import Way
 
+CPU = torch.device("cpu")
 AS_RUN = "as users run it"
 WRITTEN_AGAIN = "its GPU algorithm, written again"
 """Where the peer's path on CPUs computes more than it does on GPUs."""
@@ -37,6 +40,12 @@ class Setting:
     bf16: bool = False
     compiled: bool = False
     """Our blocks as with `train.runtime.compile`; the peers' are as their users run them."""
+    device: torch.device = CPU
+    """Of both ways."""
+
+    def autocast(self) -> torch.autocast:
+        """bf16 for the forward pass, where the setting says so."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
 Build = Callable[[Setting], Row]

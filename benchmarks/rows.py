@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,24 +58,17 @@ def align_196(setting: Setting) -> Row:
         model.requires_grad_(False)
         model.model.multi_modal_projector.requires_grad_(True)
     scorer.train()
-    assert batch.pixels is not None
-    new = [
-        PictureInput(str(key), {"pixel_values": item[None]}) for key, item in enumerate(batch.pixels["pixel_values"])
-    ]
+    new = _one_by_one(batch)
 
-    def step(inputs: list[PictureInput]) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
-            loss = ours.supervised(scorer, replace(batch, pixels=None, picture_inputs=tuple(inputs)))
+    def step(batch: Batch) -> Tensor:
+        with setting.autocast():
+            loss = ours.supervised(scorer, batch)
         loss.backward()
         return loss.detach()
 
     def both() -> Tensor:
-        with TemporaryDirectory() as folder:
-            scorer.vision.store = store = FeatureCache(Path(folder))
-            first = step(new)
-            store.flush()
-            known = FeatureCache(Path(folder))
-            return first + step([PictureInput(item.key, features=known.get(item.key)) for item in new])
+        with _kept_features(scorer, new) as kept:
+            return step(new) + step(kept())
 
     peer, trainer = peers.hugging_face_trainer(other, batch, setting.bf16)
     return Row(
@@ -98,14 +92,31 @@ def sft_tree8_576(setting: Setting) -> Row:
     )
 
 
-def _dpo(image_tokens: int, full_logits: bool) -> Build:
+def _dpo(image_tokens: int, full_logits: bool = False, in_one_epoch: bool = False) -> Build:
+    """
+    Args:
+        full_logits: of the peer.
+        in_one_epoch: whether our reference pass, which is made once, belongs to the step.
+    """
+
     def build(setting: Setting) -> Row:
         generator = torch.Generator().manual_seed(1)
         examples = [make_example(n, n, image_tokens, 24, [60, 56], generator) for n in range(2)]
         scorer, batch, peer = prepare(setting, image_tokens, examples)
-        known = ours.with_reference(scorer, batch)
+        new = _one_by_one(batch)
+
+        def with_reference() -> Batch:
+            with _kept_features(scorer, new) as kept:
+                known = ours.with_reference(scorer, new)
+                return replace(kept(), token_values=known.token_values)
+
+        known = with_reference()
+
+        def step() -> Tensor:
+            return ours.preference(scorer, with_reference() if in_one_epoch else known, 0.1)
+
         return Row(
-            training_way("ours", scorer.hf, setting, lambda: ours.preference(scorer, known, 0.1)),
+            training_way("ours", scorer.hf, setting, step),
             training_way("peer", peer, setting, lambda: peers.preference(peer, batch, 0.1, full_logits)),
             "DPO with logits of every position and a reference pass (LLaMA-Factory's way) written down again"
             if full_logits
@@ -120,7 +131,8 @@ def group8_576(setting: Setting) -> Row:
     generator = torch.Generator().manual_seed(1)
     example = make_example(0, 0, 576, 28, [32] * 8, generator)
     scorer, batch, peer = prepare(setting, 576, [example])
-    advantages = torch.linspace(-0.5, 1.5, 8)  # their sum is not 0, or the losses to compare would be
+    # Their sum is not 0, or the losses to compare would be.
+    advantages = torch.linspace(-0.5, 1.5, 8, device=setting.device)
     return Row(
         training_way("ours", scorer.hf, setting, lambda: ours.policy_gradient(scorer, batch, advantages)),
         training_way("peer", peer, setting, lambda: peers.policy_gradient(peer, batch, advantages)),
@@ -133,8 +145,9 @@ ROWS: Mapping[str, Build] = {
     "sft_full_196_trl": sft_full_196_trl,
     "sft_tree8_576": sft_tree8_576,
     "align_196": align_196,
-    "dpo_196": _dpo(196, full_logits=False),
-    "dpo_576": _dpo(576, full_logits=False),
+    "dpo_196": _dpo(196),
+    "dpo_196_one_epoch": _dpo(196, in_one_epoch=True),
+    "dpo_576": _dpo(576),
     "dpo_576_full": _dpo(576, full_logits=True),
     "group8_576": group8_576,
 }
@@ -144,7 +157,7 @@ def prepare(
     setting: Setting, image_tokens: int, examples: Sequence[Example]
 ) -> tuple[VlmScorer, Batch, PreTrainedModel]:
     """The scorer of a model of which all but the tower trains, the examples as a batch, and the peer's equal model."""
-    models = [build_model(setting.scale, image_tokens) for _ in range(2)]
+    models = [build_model(setting.scale, image_tokens).to(setting.device) for _ in range(2)]
     for model in models:
         model.model.vision_tower.requires_grad_(False)
         model.train()
@@ -165,14 +178,38 @@ def with_pixels(setting: Setting, image_tokens: int, batch: Batch) -> Batch:
     """The batch with random pictures of so many tokens each."""
     side = round(image_tokens**0.5) * setting.scale.patch
     pixels = torch.randn(len(batch.images), 3, side, side, generator=torch.Generator().manual_seed(2))
-    return replace(batch, pixels={"pixel_values": pixels})
+    return replace(batch, pixels={"pixel_values": pixels}).to(setting.device)
+
+
+def _one_by_one(batch: Batch) -> Batch:
+    """The batch with its pictures as they are handed over where their features are kept."""
+    assert batch.pixels is not None
+    pixels = batch.pixels["pixel_values"]
+    inputs = tuple(PictureInput(str(key), {"pixel_values": item[None]}) for key, item in enumerate(pixels))
+    return replace(batch, pixels=None, picture_inputs=inputs)
+
+
+@contextmanager
+def _kept_features(scorer: VlmScorer, batch: Batch) -> Iterator[Callable[[], Batch]]:
+    """Keep the features of pictures that the scorer computes; gives what returns the batch with those, from disk."""
+    with TemporaryDirectory() as folder:
+        scorer.vision.store = store = FeatureCache(Path(folder))
+
+        def kept() -> Batch:
+            store.flush()
+            known = FeatureCache(Path(folder))
+            inputs = tuple(PictureInput(item.key, features=known.get(item.key)) for item in batch.picture_inputs or ())
+            return replace(batch, picture_inputs=inputs).to(batch.input_ids.device)
+
+        yield kept
+        scorer.vision.store = None
 
 
 def training_way(name: str, model: nn.Module, setting: Setting, loss: Callable[[], Tensor]) -> Way:
     """Forward and backward of a loss, and a step of fused AdamW at a learning rate of 0."""
 
     def run() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=setting.bf16):
+        with setting.autocast():
             value = loss()
         value.backward()
         return value.detach()

@@ -18,7 +18,7 @@ from benchmarks import ours, peers
 from benchmarks.models import FULL, VOCABULARY, Scale, make_example
 from benchmarks.row import Row, Setting
 from benchmarks.rows import prepare, training_way
-from benchmarks.timing import interleave
+from benchmarks.timing import Local, interleave
 
 REPEATS = 3
 PEER_NAME = "TRL's GPU algorithm written down again, one row a question"
@@ -72,14 +72,14 @@ def axes() -> Iterator[tuple[str, Point]]:
             yield name, replace(Point(), **{name: value})  # type: ignore[arg-type]
 
 
-def build(point: Point, bf16: bool, scale: Scale | None = None) -> Row:
+def build(point: Point, setting: Setting, scale: Scale | None = None) -> Row:
     """Both ways at a point.
 
     Args:
         scale: instead of the point's model; for tests.
     """
     scale = scale or Scale(language=MODELS[point.model], vision=_VISION)
-    setting = Setting(scale, bf16)
+    setting = replace(setting, scale=scale)
     generator = torch.Generator().manual_seed(1)
     examples = [
         make_example(picture * point.branches + question, picture, point.image_tokens, 24, [24], generator)
@@ -94,32 +94,32 @@ def build(point: Point, bf16: bool, scale: Scale | None = None) -> Row:
     )
 
 
-def measure(bf16: bool) -> list[dict[str, Any]]:
+def measure(setting: Setting) -> list[dict[str, Any]]:
     """All points; one that lies on several axes is measured once."""
     known: dict[Point, dict[str, Any]] = {}
     points = []
     for axis, point in axes():
         if point not in known:
             start = time.monotonic()
-            known[point] = _measure(point, bf16)
+            known[point] = _measure(point, setting)
             _say(axis, point, known[point], time.monotonic() - start)
         points.append({"axis": axis, **asdict(point), **known[point]})
     return points
 
 
-def _measure(point: Point, bf16: bool) -> dict[str, Any]:
-    row = build(point, bf16)
-    timings = interleave([row.ours, row.peer], REPEATS)
+def _measure(point: Point, setting: Setting) -> dict[str, Any]:
+    row = build(point, setting)
+    timings = interleave({"ours": Local(row.ours), "peer": Local(row.peer)}, REPEATS)
     first, second = timings["ours"], timings["peer"]
     return {
         "ours": first.median,
         "peer": second.median,
         "unit": row.unit,
         "peer_name": row.peer_name,
-        "ours_bytes": first.peak,
-        "peer_bytes": second.peak,
+        "ours_bytes": first.added,
+        "peer_bytes": second.added,
         "ratio": second.median / first.median,
-        "memory_ratio": first.peak / second.peak,
+        "memory_ratio": first.added / second.added,
         "parameters": sum(parameter.numel() for parameter in row.ours.model.parameters()),
         "n": REPEATS,
         "disturbed": first.disturbed + second.disturbed,

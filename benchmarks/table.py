@@ -23,6 +23,10 @@ COMPILED = {*rows.ROWS, *training_rows.ROWS} - {EAGER}
 """Rows in which our blocks are compiled (`train.runtime.compile`)."""
 
 
+PLAIN = {EAGER}
+"""Rows in which our process gives freed memory back to the system, as peers do; elsewhere as `triptych train` runs."""
+
+
 @dataclass(frozen=True)
 class Target:
     """What a row should reach."""

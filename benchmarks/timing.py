@@ -1,11 +1,12 @@
-"""Steps of two ways in turns, in one process: seconds and added peak memory of each, guarded against other load."""
+"""Steps of two ways in turns: seconds and added peak memory of each, guarded against other load."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import psutil
 import torch
@@ -32,72 +33,116 @@ class Way:
     optimizer: torch.optim.Optimizer | None = None
 
 
+class Runner(Protocol):
+    """Takes the steps of a way, in this process or in one of its own."""
+
+    def time(self) -> tuple[float, bool]:
+        """Seconds of a step, and whether others used the processors meanwhile."""
+
+    def memory(self) -> int:
+        """Bytes that a step adds at its peak."""
+
+
 @dataclass
 class Timing:
     """What was measured of a way."""
 
     seconds: list[float] = field(default_factory=list)
-    added: list[int] = field(default_factory=list)
+    added: int = 0
     """Bytes of resident memory at the peak of a step, less those before it."""
     disturbed: int = 0
-    """Steps during which others used the processors."""
+    """Steps before or during which others used the processors."""
 
     @property
     def median(self) -> float:
         """Seconds of a step."""
         return statistics.median(self.seconds)
 
-    @property
-    def peak(self) -> float:
-        """Bytes a step adds."""
-        return statistics.median(self.added)
 
-
-def interleave(ways: Sequence[Way], repeats: int, warm_up: int = 1, patience: float = PATIENCE) -> dict[str, Timing]:
-    """Take the steps of all ways in turns, their order turned round each time.
+def interleave(
+    runners: Mapping[str, Runner], repeats: int, warm_up: int = 1, patience: float = PATIENCE
+) -> dict[str, Timing]:
+    """Take the steps of all ways in turns, their order turned round each time; then look at the memory of one more.
 
     Args:
         repeats: timed turns.
         warm_up: turns before, which also make the optimizers' state.
         patience: seconds to wait for a quiet machine before each step.
     """
-    timings = {way.name: Timing() for way in ways}
+    timings = {name: Timing() for name in runners}
     for turn in range(warm_up + repeats):
-        for way in ways if turn % 2 == 0 else reversed(ways):
-            seconds, added, is_disturbed = _take_step(way, patience)
+        for name in runners if turn % 2 == 0 else reversed(list(runners)):
+            was_quiet = wait_until_quiet(patience)
+            seconds, is_disturbed = runners[name].time()
             if turn >= warm_up:
-                timing = timings[way.name]
-                timing.seconds.append(seconds)
-                timing.added.append(added)
-                timing.disturbed += is_disturbed
+                timings[name].seconds.append(seconds)
+                timings[name].disturbed += is_disturbed or not was_quiet
+    for name, runner in runners.items():
+        timings[name].added = runner.memory()
     return timings
 
 
-def _take_step(way: Way, patience: float) -> tuple[float, int, bool]:
-    way.model.zero_grad(set_to_none=True)
-    is_disturbed = not wait_until_quiet(patience)
-    with PeakMemory(torch.device("cpu"), LOOK) as memory:
+class Local:
+    """Steps in this process."""
+
+    def __init__(self, way: Way) -> None:
+        self._way = way
+        self._device = next((item.device for item in way.model.parameters()), torch.device("cpu"))
+
+    def time(self) -> tuple[float, bool]:
+        """Seconds of a step, and whether others used the processors meanwhile."""
+        self._free()
+        others = _Others()
         start = time.perf_counter()
-        way.run()
-        if way.optimizer is not None:
-            way.optimizer.step()
+        self._step()
         seconds = time.perf_counter() - start
-    way.model.zero_grad(set_to_none=True)
-    return seconds, memory.added, is_disturbed
+        is_disturbed = others.share() > QUIET
+        self._free()
+        return seconds, is_disturbed
+
+    def memory(self) -> int:
+        """Bytes that a step adds at its peak; what is free is given back before."""
+        self._free()
+        with PeakMemory(self._device, LOOK) as memory:
+            self._step()
+        self._free()
+        return memory.added
+
+    def _step(self) -> None:
+        self._way.run()
+        if self._way.optimizer is not None:
+            self._way.optimizer.step()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _free(self) -> None:
+        self._way.model.zero_grad(set_to_none=True)
 
 
 def wait_until_quiet(patience: float = PATIENCE) -> bool:
     """Whether other processes left the processors alone within so many seconds."""
     end = time.monotonic() + patience
-    own = psutil.Process()
-    count = psutil.cpu_count() or 1
     while True:
-        before, own_before = psutil.cpu_times(), sum(own.cpu_times()[:2])
-        start = time.monotonic()
+        others = _Others()
         time.sleep(0.2)
-        after, own_after = psutil.cpu_times(), sum(own.cpu_times()[:2])
-        busy = (after.user + after.system) - (before.user + before.system) - (own_after - own_before)
-        if busy <= QUIET * count * (time.monotonic() - start):
+        if others.share() <= QUIET:
             return True
         if time.monotonic() > end:
             return False
+
+
+class _Others:
+    """What other processes use of the processors from now on."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._before = self._read()
+
+    def share(self) -> float:
+        """Of all processors' time since the start."""
+        wall, busy, own = (after - before for after, before in zip(self._read(), self._before, strict=True))
+        return (busy - own) / (wall * (psutil.cpu_count() or 1))
+
+    def _read(self) -> tuple[float, float, float]:
+        times, own = psutil.cpu_times(), self._process.cpu_times()
+        return time.monotonic(), times.user + times.nice + times.system, own.user + own.system

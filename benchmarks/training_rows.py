@@ -30,14 +30,14 @@ LORA = LoraRule(match="language", method="lora")
 
 def sft_lora_196(setting: Setting) -> Row:
     """LoRA on the language model, everything else rests, against peft in `transformers.Trainer`."""
-    model = build_model(setting.scale, 196)
+    model = build_model(setting.scale, 196).to(setting.device)
     components = find_components(model)
     frozen = [FrozenRule(match=part, method="frozen") for part in ("vision", "connector")]
     (adapter,) = apply_tuning(model, components, [*frozen, LORA], default_lr=1e-4).adapters
     _draw_factors(model)
     scorer = make_scorer(setting, model)
     batch = with_pixels(setting, 196, collate(four_questions()))
-    peer = _with_peft(build_model(setting.scale, 196), adapter)
+    peer = _with_peft(build_model(setting.scale, 196).to(setting.device), adapter)
     inner = peer.get_base_model()
     inner.load_state_dict(model.state_dict())
     step, trainer = peers.hugging_face_trainer(peer, batch, setting.bf16)
@@ -92,7 +92,7 @@ def _trl_trainer(model: PreTrainedModel, batch: Batch, bf16: bool) -> tuple[Call
         model=model,
         args=SFTConfig(
             output_dir=tempfile.mkdtemp(),
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=model.device.type == "cpu",
             bf16=bf16,
             report_to=[],
             learning_rate=0.0,

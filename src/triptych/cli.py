@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -54,6 +55,8 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Run a recipe or a pipeline; resumes by itself."""
+    # Pages of 2 MiB for large tensors on CPUs, which torch asks for if this is set when it is loaded.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     _quiet()
     from triptych.stages.pipeline import train as run
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.row import WRITTEN_AGAIN, Row
+from benchmarks.process import Remote
+from benchmarks.row import WRITTEN_AGAIN
 from benchmarks.table import FEWER_REPEATS, ROWS, TARGETS
-from benchmarks.timing import Timing, Way
-from torch import nn, zeros
+from benchmarks.timing import Timing
 
 from benchmarks import __main__ as command
 from benchmarks import record
@@ -72,17 +72,25 @@ def test_the_last_line_of_a_process_that_fails_is_its_error(monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", ["benchmarks", "no_such_row"])
     with pytest.raises(SystemExit):
         command.main()
-    with pytest.raises(RuntimeError, match=r"exit status 2: .*there is no row no_such_row"):
-        command._in_own_process(["no_such_row"])
+    with Remote(["no_such_row"], {}) as process, pytest.raises(RuntimeError, match=r"exit status 2: .*no row no_such"):
+        process.about()
+
+
+def test_a_way_has_a_process_of_its_own_with_its_own_environment() -> None:
+    with Remote(["loader_vqa", "--way", "peer"], {"THP_MEM_ALLOC_ENABLE": "1"}) as process:
+        about = process.about()
+        seconds, is_disturbed = process.time()
+        assert about["unit"] == "seconds for 64 pictures" and not about["compares_memory"] and about["scale"] == "135m"
+        assert seconds > 0 and isinstance(is_disturbed, bool) and process.memory() >= 0
 
 
 def test_a_row_says_what_it_should_reach_and_of_what_kind_its_peer_is() -> None:
-    way = Way("ours", lambda: zeros(()), nn.Linear(1, 1))
-    found = command.describe(
-        "dpo_196", Row(way, way, "a peer"), Timing([1.0, 2.0, 4.0], [10, 30, 20]), Timing([6.0, 5.0, 7.0], [40, 40, 40])
-    )
+    about = {"unit": "s", "peer_name": "a peer", "peer_kind": WRITTEN_AGAIN, "scale": "135m"}
+    found = command.describe("dpo_196", about, Timing([1.0, 2.0, 4.0], 20), Timing([6.0, 5.0, 7.0], 40))
     assert (found["ours"], found["peer"], found["ratio"], found["memory_ratio"], found["n"]) == (2.0, 6.0, 3.0, 0.5, 3)
     assert (found["target_ratio"], found["target_memory"], found["peer_kind"]) == (2.4, 0.75, WRITTEN_AGAIN)
+    other = command.describe("dpo_196@7b", about, Timing([1.0]), Timing([2.0]))
+    assert other["compiled"] and other["target_ratio"] is None and other["memory_ratio"] is None
 
 
 def test_slow_rows_exist_and_are_measured_thrice_at_least() -> None:

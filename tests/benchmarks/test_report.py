@@ -126,6 +126,6 @@ def test_without_results_the_page_says_so() -> None:
 
 def test_the_page_in_the_repository_is_made_of_the_results_in_it() -> None:
     result = record.read()
-    assert (report.DOCS / "benchmarks.md").read_text(encoding="utf-8") == report.page(result)
+    assert (report.DOCS / "benchmarks.md").read_text(encoding="utf-8") == report.page(result, report.sections())
     folder: Path = report.DOCS / report.PLOTS
     assert {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.svg")} == report.draw(result)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from benchmarks.models import TINY
+from benchmarks.row import Setting
 from benchmarks.scaling import Point, axes, build
 
 
@@ -24,7 +25,7 @@ def test_every_axis_varies_one_number_from_the_same_base() -> None:
 
 @pytest.mark.parametrize("point", [Point(branches=1), Point(image_tokens=64, branches=3, batch=2)])
 def test_both_ways_have_the_same_loss_and_gradients(point: Point) -> None:
-    row = build(point, bf16=False, scale=TINY)
+    row = build(point, Setting(), scale=TINY)
     found = []
     for way in (row.ours, row.peer):
         way.model.zero_grad()

@@ -82,12 +82,13 @@ class TooLargeError(Exception):
         self.is_measured = is_measured
 
 
-def find_room(scorer: nn.Module, runtime: Runtime, limit: float | str) -> Room:
+def find_room(scorer: nn.Module, runtime: Runtime, limit: float | str, keeps_master: bool = False) -> Room:
     """Look how much memory there is; every rank must call it, with no gradient in place.
 
     Args:
         scorer: as `Runtime.wrap` returned it.
         limit: `train.memory_limit`.
+        keeps_master: whether the optimizer holds bf16 weights in single precision, too (`bf16_weights: master`).
     """
     gradients = optimizer = 0
     for parameter in scorer.parameters():
@@ -96,6 +97,8 @@ def find_room(scorer: nn.Module, runtime: Runtime, limit: float | str) -> Room:
             gradients += local.numel() * local.itemsize
             # AdamW's two running means, in single precision at least.
             optimizer += 2 * local.numel() * max(4, local.itemsize)
+            if keeps_master and local.dtype == torch.bfloat16:
+                optimizer += 4 * local.numel()
     distributed.barrier()
     available = available_bytes(runtime.device)
     least = -torch.tensor([available, limit_bytes(limit, available)], device=runtime.device)

@@ -45,6 +45,9 @@ class RuntimeConfig(Config):
     compile: bool = False
     """Compile each block with torch.compile, for shapes that change. The first step then takes a minute or more; needs
     a C++ compiler on a CPU, triton on a GPU."""
+    keep_memory: bool = True
+    """On a CPU, keep freed memory in the process instead of giving it back to the system and asking for it again in
+    every step. Needs glibc; without it nothing changes."""
 
 
 class Runtime:

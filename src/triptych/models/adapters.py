@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from triptych.core.errors import ModelError, Problem
+from triptych.models.lora_linear import use_lora_linear
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -40,6 +41,8 @@ def inject_adapter(model: nn.Module, name: str, config: PeftConfig) -> None:
 
     The first one freezes every other parameter, as peft does.
     """
+    if isinstance(config, LoraConfig):
+        use_lora_linear(config)
     with warnings.catch_warnings():
         # Several adapters on one model are what we want here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")

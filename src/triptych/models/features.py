@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import threading
+import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,15 @@ from torch import Tensor
 SHARD_BYTES = 64 * 2**20
 """Features are written once this much has come together."""
 _SEPARATOR = "/"
+_ABANDONED = 3600.0
+"""Seconds after which a file that is not whole belongs to no process any more."""
 
 
 class FeatureCache:
     """Picture key -> named tensors.
 
-    Several processes may use one folder: each writes files of its own, and sees what was there when it opened. Threads
-    may share one object.
+    Several processes may use one folder: each writes files of its own, and sees those of others when it opens and
+    whenever it wrote one. Threads may share one object.
     """
 
     def __init__(self, folder: Path, limit_bytes: int | None = None, shard_bytes: int = SHARD_BYTES) -> None:
@@ -48,8 +52,14 @@ class FeatureCache:
         self._waiting: dict[str, dict[str, Tensor]] = {}
         self._waiting_bytes = 0
         self._lock = threading.RLock()
+        self._bytes = 0
+        self._files: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True)
-        self._bytes = sum(self._index(file) for file in sorted(folder.glob("*.safetensors")))
+        for part in folder.glob("*.part"):
+            with suppress(FileNotFoundError):  # it has just become whole
+                if time.time() - part.stat().st_mtime > _ABANDONED:
+                    part.unlink()
+        self._look()
 
     @property
     def is_full(self) -> bool:
@@ -109,7 +119,13 @@ class FeatureCache:
             os.fsync(stream.fileno())
         os.replace(aside, file)
         self._waiting, self._waiting_bytes = {}, 0
-        self._bytes += self._index(file)
+        self._look()
+
+    def _look(self) -> None:
+        """Take in files that are new in the folder; the limit holds for those of all processes together."""
+        for file in sorted(set(self._folder.glob("*.safetensors")) - self._files):
+            self._files.add(file)
+            self._bytes += self._index(file)
 
     def _index(self, file: Path) -> int:
         try:

@@ -38,11 +38,14 @@ class FrozenReference:
         Raises:
             ModelError: the scorer gives no token log-probabilities.
         """
-        # The policy moves to its device only after this copy was made.
-        if self._device != batch.input_ids.device:
-            self._device = batch.input_ids.device
-            self._scorer.to(self._device)
+        self.to(batch.input_ids.device)  # the policy moves to its device only after this copy was made
         return _attach(self._scorer, batch)
+
+    def to(self, device: torch.device) -> None:
+        """Move the copy to a device, where it is not there yet."""
+        if self._device != device:
+            self._device = device
+            self._scorer.to(device)
 
 
 class AdapterOffReference:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -23,6 +23,9 @@ from triptych.models.trees import TreeLayout
 
 TREE_ATTENTION = "triptych_trees"
 """Name under which transformers knows the attention function; without trees it is the plain one (`sdpa`)."""
+
+FLEX_BLOCK = 128
+"""Tokens a side of a block of flex attention."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -73,9 +76,16 @@ def tree_attention(
         return flexible(states, trees, window, scale), None
     packed = [item[0].transpose(0, 1) for item in states]
     if dropout == 0 and query.device.type == "cpu" and window is None and trees.blocks is None:
-        merged: Tensor = _Merged.apply(*packed, trees, scale)
-        return merged[None], None
+        return merged(packed, trees, scale)[None], None
     return grouped(packed, trees, window, dropout, scale)[None], None
+
+
+# Compiled, loops over the parts of a layout would be compiled again for each layout; blocks are compiled around them.
+@torch.compiler.disable
+def merged(states: list[Tensor], trees: TreeLayout, scale: float) -> Tensor:
+    """Attention without masks, for CPUs. [N, H, D] from query, key and value of that shape."""
+    output: Tensor = _Merged.apply(*states, trees, scale)
+    return output
 
 
 class _Merged(torch.autograd.Function):
@@ -156,6 +166,7 @@ def _chosen(values: Tensor, is_real: Tensor | None) -> Tensor:
     return values if is_real is None else values[is_real]
 
 
+@torch.compiler.disable
 def grouped(states: list[Tensor], trees: TreeLayout, window: int | None, dropout: float, scale: float) -> Tensor:
     """Attention with masks, group by group. [N, H, D] from query, key and value of that shape."""
     outputs = []
@@ -202,17 +213,35 @@ def flexible(states: list[Tensor], trees: TreeLayout, window: int | None, scale:
 
 
 def block_mask(trees: TreeLayout, window: int | None) -> BlockMask:
-    """What of the packed row each token sees, for flex attention; made once for all layers of a kind."""
+    """What of the packed row each token sees, for flex attention; made once for all layers of a kind.
+
+    Which blocks hold anything to see follows from the layout, so that no table of all pairs of tokens is made: of a
+    micro-batch of 65,536 tokens it would have 4 billion entries.
+    """
     key = "flex", window
     if key not in trees.masks:
-        size, device = len(trees.tokens), trees.tokens.device
 
         def sees(batch: Tensor, head: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
             return trees.sees(queries, keys, window)
 
-        trees.masks[key] = create_block_mask(sees, None, None, size, size, device=device)
+        size = len(trees.tokens)
+        some, whole = trees.visible_blocks(window, FLEX_BLOCK)
+        trees.masks[key] = BlockMask.from_kv_blocks(
+            *_listed(some & ~whole),
+            *_listed(whole),
+            BLOCK_SIZE=FLEX_BLOCK,
+            mask_mod=sees,
+            seq_lengths=(size, size),
+        )
     mask: BlockMask = trees.masks[key]
     return mask
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many there are in each row of [Q, K] bool, and their numbers, first; int32 [1, 1, Q] and [1, 1, Q, K]."""
+    counts = blocks.sum(1, dtype=torch.int32)
+    numbers = blocks.int().argsort(dim=1, descending=True, stable=True).int()
+    return counts[None, None], numbers[None, None].contiguous()
 
 
 @cache

@@ -106,6 +106,34 @@ class TreeLayout:
         shared = (self.trees[queries] == self.trees[keys]) & self.is_trunk[keys]
         return visible & (own | shared)
 
+    def visible_blocks(self, window: int | None, size: int) -> tuple[Tensor, Tensor]:
+        """Of the square of all pairs of tokens, cut into blocks: those with anything to see, those with all to see.
+
+        Args:
+            window: as for `sees`.
+            size: tokens a side of a block.
+
+        Returns:
+            Two bool tensors [N / size, N / size], rounded up: queries, keys. Where pictures are seen in both directions
+            the first may hold more than need be and the second less.
+        """
+        numbers = torch.arange(len(self.tokens), device=self.tokens.device)
+        tree, _ = _spans(self.trees)
+        run, run_stop = _spans(torch.stack([self.trees, self.rows, self.is_trunk.int()], 1))
+        in_trunk = torch.zeros_like(numbers).index_add(0, self.trees.long(), self.is_trunk.long())
+        trunk_stop = tree + in_trunk[self.trees]
+        near, far = run, tree
+        if window is not None:
+            near = torch.maximum(near, numbers - window + 1)
+            far = torch.maximum(far, tree + self.columns - window + 1)
+        far_end = torch.where(self.is_trunk, tree, trunk_stop)  # a trunk's own part is `near`
+        near_end = numbers + 1
+        ranges = [(near, near_end), (far, far_end)]
+        whole = _count_blocks(ranges, size, covered=True) == size
+        if self.blocks is not None:
+            ranges[0] = near, run_stop
+        return _count_blocks(ranges, size, covered=False) > 0, whole
+
     def _visible(self, group: Group, window: int | None) -> Tensor:
         """[G, Q, K] bool."""
         visible = self.sees(group.queries[:, :, None], group.keys[:, None, :], window)
@@ -174,6 +202,36 @@ class _PackedTree:
     @property
     def stop(self) -> int:
         return self.start + self.trunk + sum(self.branches)
+
+
+def _spans(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the run of equal neighbours that holds each place begins and ends (behind its last), both [N] int64."""
+    is_new = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
+    changes = keys[1:] != keys[:-1]
+    is_new[1:] = changes.any(1) if keys.dim() > 1 else changes
+    starts = is_new.nonzero()[:, 0]
+    run = is_new.cumsum(0) - 1
+    stops = torch.cat([starts[1:], starts.new_tensor([len(keys)])])
+    return starts[run], stops[run]
+
+
+def _count_blocks(ranges: list[tuple[Tensor, Tensor]], size: int, covered: bool) -> Tensor:
+    """[Q, K] int64: how many ranges of the queries of a block touch, or cover, each block of keys.
+
+    Args:
+        ranges: for every query the first key and the one behind the last; empty where they do not ascend.
+        covered: count blocks that a range covers whole.
+    """
+    queries = torch.arange(len(ranges[0][0]), device=ranges[0][0].device) // size
+    count = int(queries[-1]) + 1
+    edges = queries.new_zeros(count, count + 1)
+    for start, stop in ranges:
+        first = (start + size - 1) // size if covered else start // size
+        end = stop // size if covered else (stop + size - 1) // size
+        kept = (first < end) & (start < stop)
+        for column, sign in ((first, 1), (end, -1)):
+            edges.index_put_((queries[kept], column[kept]), torch.full_like(queries[kept], sign), accumulate=True)
+    return edges.cumsum(1)[:, :-1]
 
 
 def _list_trees(is_first: list[bool], lengths: list[int], trunk_lengths: list[int]) -> list[_PackedTree]:

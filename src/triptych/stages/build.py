@@ -65,6 +65,8 @@ class Built:
     """Print some held-out answers, on the main rank; called before and after training on every rank."""
     prepare: Callable[[Runtime, Console], None] = field(default=lambda runtime, console: None)
     """What is computed once before training, on every rank; the scorer is not wrapped yet."""
+    passes_before: int = 0
+    """Passes over all pictures that this takes."""
     lint: Callable[[], list[Problem]] = field(default=list)
     """Look for faults of the conversation template itself."""
 

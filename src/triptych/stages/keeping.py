@@ -87,7 +87,7 @@ def _decide(
         return config.keep == "always", "as the recipe says"
     if obstacle is not None:
         return False, obstacle
-    passes = recipe.loader.passes(sum(len(dataset) for dataset in built.datasets))
+    passes = built.passes_before + recipe.loader.passes(sum(len(dataset) for dataset in built.datasets))
     store = _open(recipe, built, runtime)
     if passes < 2 and not len(store):
         return False, f"{passes:.3g} passes over the data show hardly a picture twice"

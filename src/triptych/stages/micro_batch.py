@@ -35,6 +35,7 @@ from triptych.engine.micro_batch import (
     untouched_run,
 )
 from triptych.engine.parallel import Runtime
+from triptych.models.reference import FrozenReference
 from triptych.stages.build import Built, make_mixture, resolved, settled, training_loader
 from triptych.stages.recipe import StageRecipe
 
@@ -117,7 +118,10 @@ def find_tokens(recipe: StageRecipe, built: Built, runtime: Runtime, scorer: nn.
         TrainingError: a row alone needs more memory than `train.memory_limit` allows.
         DataError: none of the rows looked at can be used.
     """
-    room = find_room(scorer, runtime, recipe.train.memory_limit)
+    if isinstance(built.reference, FrozenReference):
+        built.reference.to(runtime.device)  # or its weights would come after the room was looked at
+    keeps_master = recipe.train.optimizer.bf16_weights == "master"
+    room = find_room(scorer, runtime, recipe.train.memory_limit, keeps_master)
     # The largest share of a step that any rank may have.
     share = -(-recipe.loader.global_batch // world_size())
     rows, shared = sample_rows(recipe.loader, built, share)

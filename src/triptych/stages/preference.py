@@ -58,7 +58,7 @@ def build_preference(recipe: PreferenceRecipe) -> Built:
         evaluators=evaluators,
         reference=reference,
     )
-    return replace(built, prepare=prepare)
+    return replace(built, prepare=prepare, passes_before=int(kind == "precomputed"))
 
 
 def reference_kind(recipe: PreferenceRecipe, plan: TuningPlan, rows: int) -> ReferenceKind:

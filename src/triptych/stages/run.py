@@ -19,6 +19,7 @@ from triptych.core.distributed import barrier, is_main
 from triptych.core.protocols import Evaluator, FeatureStore
 from triptych.data.loader import LoaderConfig
 from triptych.data.mixture import Mixture
+from triptych.engine.allocator import keep_memory
 from triptych.engine.checkpoint import Checkpoints
 from triptych.engine.monitors import build_monitors
 from triptych.engine.parallel import Runtime
@@ -44,6 +45,8 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
     """Train one stage into `recipe.output`; an unfinished run resumes from its newest checkpoint."""
     console = Console(quiet=not is_main())
     runtime = Runtime(recipe.train.runtime)
+    if recipe.train.runtime.keep_memory and runtime.device.type == "cpu":
+        keep_memory()
     seed_everything(recipe.train.seed)
     built = build(recipe)
     if dry_run:

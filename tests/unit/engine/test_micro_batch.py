@@ -267,4 +267,5 @@ def test_gradients_and_two_running_means_are_reserved() -> None:
     assert found.passes == int(MARGIN * (2**30 - 36))
     scorer.to(torch.bfloat16)  # state in single precision all the same
     assert find_room(scorer, runtime(), 0.5).reserved == 6 + 24
+    assert find_room(scorer, runtime(), 0.5, keeps_master=True).reserved == 6 + 24 + 12
     assert find_room(scorer, runtime(), 0.5).limit == pytest.approx(found.available / 2, rel=0.1)

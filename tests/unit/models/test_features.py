@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,29 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     again = FeatureCache(tmp_path)
     assert len(again) == 2
     torch.testing.assert_close(again.get("b"), features(2), rtol=0, atol=0)
+
+
+def test_what_others_wrote_is_seen_after_the_next_file_of_ones_own(tmp_path: Path) -> None:
+    first, second = FeatureCache(tmp_path, limit_bytes=10_000), FeatureCache(tmp_path, limit_bytes=10_000)
+    for number in range(5):
+        second.put(f"k{number}", features(number))
+    second.flush()
+    assert "k3" not in first
+    first.put("own", features(9))
+    first.flush()
+    assert "k3" in first and len(first) == 6 and not first.is_full
+    held = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert FeatureCache(tmp_path, limit_bytes=held).is_full  # of both processes together
+    assert not FeatureCache(tmp_path, limit_bytes=held + 1).is_full
+
+
+def test_what_a_crash_left_behind_is_removed_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.part", tmp_path / "new.part"
+    for part in (old, new):
+        part.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    FeatureCache(tmp_path)
+    assert list(tmp_path.iterdir()) == [new]
 
 
 @pytest.mark.parametrize("change", ["weight", "buffer", "type", "settings"])

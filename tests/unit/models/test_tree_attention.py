@@ -96,6 +96,26 @@ def test_flex_attention_sees_the_same(window: int | None, blocks: bool) -> None:
     assert flexible(inputs, trees, window, SCALE) is not found and len(trees.masks) == 1
 
 
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
+@pytest.mark.parametrize("size", [1, 2, 4, 7, 64])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_blocks_for_flex_attention_are_those_with_anything_to_see(window: int | None, size: int, blocks: bool) -> None:
+    trees = layout(blocks)
+    count = len(trees.tokens)
+    numbers = torch.arange(count)
+    sees = trees.sees(numbers[:, None], numbers[None, :], window)
+    side = -(-count // size)
+    seen = torch.zeros(side * size, side * size, dtype=torch.int64)
+    seen[:count, :count] = sees
+    seen = seen.view(side, size, side, size).sum((1, 3))
+    some, whole = trees.visible_blocks(window, size)
+    if blocks:  # more may be looked at, none left out; what is called whole is
+        assert not ((seen > 0) & ~some).any() and not (whole & (seen < size * size)).any()
+    else:
+        assert torch.equal(some, seen > 0) and torch.equal(whole, seen == size * size)
+    assert int(some.sum()) > 0 and (size > 1 or window == 1 or int(some.sum()) < side * side)
+
+
 def test_stretches_hold_every_token_once_and_little_padding() -> None:
     trees = layout()
     places = torch.cat(

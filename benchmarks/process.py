@@ -1,0 +1,97 @@
+"""Each way of a row in a process of its own, so that neither finds memory that the other left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from benchmarks.timing import Local, Way
+
+COMMAND = (sys.executable, "-m", "benchmarks")
+
+
+class Remote:
+    """A process that takes steps when asked, see `serve`."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        """
+        Args:
+            arguments: of `python -m benchmarks`, which must come to call `serve`.
+            environment: what is set beside the variables of this process.
+        """
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed on exit
+        self._process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def about(self) -> dict[str, Any]:
+        """What it says of itself once it is ready.
+
+        Raises:
+            RuntimeError: it ended; with the last line it wrote.
+        """
+        return self._answer()
+
+    def time(self) -> tuple[float, bool]:
+        """Seconds of a step, and whether others used the processors meanwhile."""
+        answer = self._ask("time")
+        return float(answer["seconds"]), bool(answer["is_disturbed"])
+
+    def memory(self) -> int:
+        """Bytes that a step adds at its peak."""
+        return int(self._ask("memory")["added"])
+
+    def __enter__(self) -> Remote:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def _ask(self, question: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(question + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, which is said next
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):  # libraries may print, too
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        self._errors.seek(0)
+        written = [line.strip() for line in self._errors if line.strip()]
+        last = written[-1] if written else "it wrote nothing"
+        raise RuntimeError(f"exit status {self._process.wait()}: {last}")
+
+
+def serve(way: Way, about: Mapping[str, Any]) -> None:
+    """Say what this is, then answer each line of the standard input: `time` or `memory`."""
+    runner = Local(way)
+    print(json.dumps(about), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "time":
+            seconds, is_disturbed = runner.time()
+            answer: dict[str, Any] = {"seconds": seconds, "is_disturbed": is_disturbed}
+        else:
+            answer = {"added": runner.memory()}
+        print(json.dumps(answer), flush=True)

@@ -1,0 +1,28 @@
+"""Keep freed memory in the process: a training step allocates the same again and again.
+
+glibc takes blocks above some size straight from the system and gives them back when they are freed, so that every
+step faults all its memory in anew, page by page. What is won by keeping it is in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # names of malloc.h
+_LARGEST_KEPT = 1 << 30
+"""Bytes; larger blocks, such as whole embedding matrices while they are loaded, are given back as ever."""
+_GROWTH = 64 << 20
+
+
+def keep_memory() -> bool:
+    """Let the allocator keep what is freed, from now on; False where it is not glibc's.
+
+    `malloc_trim` still gives back what is free, so that peaks can be measured.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    # -1 as the threshold means that the end of the heap is never given back.
+    settings = ((_MMAP_THRESHOLD, _LARGEST_KEPT), (_TRIM_THRESHOLD, -1), (_TOP_PAD, _GROWTH))
+    return all(mallopt(name, value) == 1 for name, value in settings)
