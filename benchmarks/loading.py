@@ -155,7 +155,7 @@ def _loader_vqa(peer_name: str, **options: Any) -> Build:
         ours, peer = paths(Path(folder.name), count, **options)
         order = [range(start, start + BATCH) for start in range(0, count, BATCH)]
 
-        def run_ours() -> Tensor:
+        def run_ours(_keeps: tempfile.TemporaryDirectory[str] = folder) -> Tensor:
             return torch.tensor(len(ours.batches()))
 
         def run_peer(_keeps: tempfile.TemporaryDirectory[str] = folder) -> Tensor:

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
-from benchmarks.timing import Local, Way
+from benchmarks.timing import Local, Step, Way
 
 COMMAND = (sys.executable, "-m", "benchmarks")
 
@@ -43,14 +44,9 @@ class Remote:
         """
         return self._answer()
 
-    def time(self) -> tuple[float, bool]:
-        """Seconds of a step, and whether others used the processors meanwhile."""
-        answer = self._ask("time")
-        return float(answer["seconds"]), bool(answer["is_disturbed"])
-
-    def memory(self) -> int:
-        """Bytes that a step adds at its peak."""
-        return int(self._ask("memory")["added"])
+    def take(self, looks_at_memory: bool) -> Step:
+        """Take a step."""
+        return Step(**self._ask("memory" if looks_at_memory else "time"))
 
     def __enter__(self) -> Remote:
         return self
@@ -89,9 +85,4 @@ def serve(way: Way, about: Mapping[str, Any]) -> None:
     runner = Local(way)
     print(json.dumps(about), flush=True)
     for line in sys.stdin:
-        if line.strip() == "time":
-            seconds, is_disturbed = runner.time()
-            answer: dict[str, Any] = {"seconds": seconds, "is_disturbed": is_disturbed}
-        else:
-            answer = {"added": runner.memory()}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(asdict(runner.take(looks_at_memory=line.strip() == "memory"))), flush=True)

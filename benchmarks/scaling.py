@@ -20,7 +20,7 @@ from benchmarks.row import Row, Setting
 from benchmarks.rows import prepare, training_way
 from benchmarks.timing import Local, interleave
 
-REPEATS = 3
+REPEATS = 2
 PEER_NAME = "TRL's GPU algorithm written down again, one row a question"
 _VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
 

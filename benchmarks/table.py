@@ -56,7 +56,12 @@ TARGETS: Mapping[str, Target] = {
 
 REPEATS = 5
 FEWER_REPEATS: Mapping[str, int] = {
+    "sft_full_196": 3,
+    "sft_full_196_trl": 3,
+    EAGER: 3,
     "sft_tree8_576": 3,
+    "align_196": 3,
+    "dpo_196_one_epoch": 3,
     "dpo_576": 3,
     "dpo_576_full": 3,
     "group8_576": 3,

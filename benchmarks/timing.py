@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,11 +37,19 @@ class Way:
 class Runner(Protocol):
     """Takes the steps of a way, in this process or in one of its own."""
 
-    def time(self) -> tuple[float, bool]:
-        """Seconds of a step, and whether others used the processors meanwhile."""
+    def take(self, looks_at_memory: bool) -> Step:
+        """Take a step."""
 
-    def memory(self) -> int:
-        """Bytes that a step adds at its peak."""
+
+@dataclass(frozen=True)
+class Step:
+    """What a step cost."""
+
+    seconds: float
+    is_disturbed: bool
+    """Whether others used the processors meanwhile."""
+    added: int | None
+    """Bytes of resident memory at its peak, less those before it, if it was looked at."""
 
 
 @dataclass
@@ -62,7 +71,9 @@ class Timing:
 def interleave(
     runners: Mapping[str, Runner], repeats: int, warm_up: int = 1, patience: float = PATIENCE
 ) -> dict[str, Timing]:
-    """Take the steps of all ways in turns, their order turned round each time; then look at the memory of one more.
+    """Take the steps of all ways in turns, their order turned round each time.
+
+    The last turn looks at memory: what is free is given back to the system before it, which makes the step slower.
 
     Args:
         repeats: timed turns.
@@ -73,12 +84,11 @@ def interleave(
     for turn in range(warm_up + repeats):
         for name in runners if turn % 2 == 0 else reversed(list(runners)):
             was_quiet = wait_until_quiet(patience)
-            seconds, is_disturbed = runners[name].time()
+            step = runners[name].take(looks_at_memory=turn == warm_up + repeats - 1)
             if turn >= warm_up:
-                timings[name].seconds.append(seconds)
-                timings[name].disturbed += is_disturbed or not was_quiet
-    for name, runner in runners.items():
-        timings[name].added = runner.memory()
+                timings[name].seconds.append(step.seconds)
+                timings[name].disturbed += step.is_disturbed or not was_quiet
+                timings[name].added = step.added or 0
     return timings
 
 
@@ -89,24 +99,18 @@ class Local:
         self._way = way
         self._device = next((item.device for item in way.model.parameters()), torch.device("cpu"))
 
-    def time(self) -> tuple[float, bool]:
-        """Seconds of a step, and whether others used the processors meanwhile."""
+    def take(self, looks_at_memory: bool) -> Step:
+        """Take a step; what is free is given back before memory is looked at."""
         self._free()
-        others = _Others()
-        start = time.perf_counter()
-        self._step()
-        seconds = time.perf_counter() - start
-        is_disturbed = others.share() > QUIET
-        self._free()
-        return seconds, is_disturbed
-
-    def memory(self) -> int:
-        """Bytes that a step adds at its peak; what is free is given back before."""
-        self._free()
-        with PeakMemory(self._device, LOOK) as memory:
+        memory = PeakMemory(self._device, LOOK)
+        with memory if looks_at_memory else nullcontext():
+            others = _Others()
+            start = time.perf_counter()
             self._step()
+            seconds = time.perf_counter() - start
+            is_disturbed = others.share() > QUIET
         self._free()
-        return memory.added
+        return Step(seconds, is_disturbed, memory.added if looks_at_memory else None)
 
     def _step(self) -> None:
         self._way.run()

@@ -79,9 +79,9 @@ def test_the_last_line_of_a_process_that_fails_is_its_error(monkeypatch: pytest.
 def test_a_way_has_a_process_of_its_own_with_its_own_environment() -> None:
     with Remote(["loader_vqa", "--way", "peer"], {"THP_MEM_ALLOC_ENABLE": "1"}) as process:
         about = process.about()
-        seconds, is_disturbed = process.time()
+        step, last = process.take(looks_at_memory=False), process.take(looks_at_memory=True)
         assert about["unit"] == "seconds for 64 pictures" and not about["compares_memory"] and about["scale"] == "135m"
-        assert seconds > 0 and isinstance(is_disturbed, bool) and process.memory() >= 0
+        assert step.seconds > 0 and last.seconds > 0 and step.added is None and isinstance(last.added, int)
 
 
 def test_a_row_says_what_it_should_reach_and_of_what_kind_its_peer_is() -> None:

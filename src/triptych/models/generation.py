@@ -14,6 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from triptych.core.protocols import PictureProcessor
 from triptych.models.components import repeat_positions, row_inputs_kind
+from triptych.models.growing_cache import growing_cache
 from triptych.models.modes import evaluation_mode
 from triptych.models.pictures import model_inputs
 
@@ -60,11 +61,12 @@ def generate(
     """
     assert isinstance(hf, GenerationMixin)
     pad = stop_ids[0] if stop_ids else 0
-    inputs = prompt_inputs(hf, prompts, pictures, pad)
+    inputs: dict[str, Any] = prompt_inputs(hf, prompts, pictures, pad)
     longest = inputs["input_ids"].shape[1]
     with evaluation_mode(hf):
         if samples > 1:
             inputs = _repeat_prompts(hf, inputs, samples, pad)
+        inputs.setdefault("past_key_values", growing_cache(hf))
         output = hf.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -94,6 +96,7 @@ def _repeat_prompts(hf: PreTrainedModel, inputs: dict[str, Tensor], samples: int
             do_sample=False,
             pad_token_id=pad,
             use_cache=True,
+            past_key_values=growing_cache(hf),
             return_dict_in_generate=True,
         )
         cache = first.past_key_values
