@@ -24,7 +24,7 @@ from triptych.models.components import (
     tree_obstacle,
 )
 from triptych.models.generation import Prompt, generate
-from triptych.models.logprobs import DEFAULT_CHUNK, label_logprobs
+from triptych.models.logprobs import DEFAULT_CHUNK, HeadKernel, cut_logprobs, label_logprobs
 from triptych.models.picture_words import PictureWords
 from triptych.models.tree_attention import use_tree_attention
 from triptych.models.trees import make_layout, pack, tree_inputs
@@ -54,6 +54,7 @@ class VlmScorer(nn.Module):
         words: PictureWords | None = None,
         trees: bool = True,
         store: FeatureStore | None = None,
+        head_kernel: HeadKernel = "plain",
     ) -> None:
         """
         Args:
@@ -62,6 +63,7 @@ class VlmScorer(nn.Module):
             pictures: makes the dummy picture of a micro-batch without pictures; needed when vision or connector train.
             words: what pictures are compared with; needed for `word_logprobs` and what comes with it.
             store: keeps the states of a frozen tower, where batches come with `picture_inputs`.
+            head_kernel: what makes log-probabilities of hidden states, `label_logprobs` or `cut_logprobs`.
             trees: compute every trunk once and no padding, where `components.tree_obstacle` knows of no obstacle.
 
         Raises:
@@ -85,6 +87,7 @@ class VlmScorer(nn.Module):
         self.components = components
         self.needs = needs
         self.chunk_size = chunk_size
+        self.head_kernel = head_kernel
         self.pictures = pictures
         self.vision = VisionSide(hf, components, pictures, store)
         self.words = words
@@ -135,7 +138,11 @@ class VlmScorer(nn.Module):
         if "token_logprobs" not in self.needs:
             return Scores(auxiliary=auxiliary)
         labels = batch.labels[batch.supervised]
-        logprobs = label_logprobs(hidden, labels, self.hf.get_output_embeddings(), self.chunk_size)
+        head = self.hf.get_output_embeddings()
+        if self.head_kernel == "cut_cross_entropy":
+            logprobs = cut_logprobs(hidden, labels, head)
+        else:
+            logprobs = label_logprobs(hidden, labels, head, self.chunk_size)
         return Scores(token_logprobs=logprobs, auxiliary=auxiliary)
 
     def _language(
