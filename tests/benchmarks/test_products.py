@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from benchmarks import products
 from benchmarks.models import TINY
 from benchmarks.row import Setting
 from benchmarks.rows import ROWS
 from benchmarks.timing import Way
+
+from benchmarks import products
 
 
 def test_a_linear_layer_has_a_product_forward_and_two_backward() -> None:

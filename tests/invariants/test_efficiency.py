@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import noise, tiny_family, tree_batch
 from tests.tiny import Answer as A
+from tests.tiny import noise, tiny_family, tree_batch
 from triptych.core.types import Batch
 from triptych.engine.parallel import Runtime, RuntimeConfig
 from triptych.models.components import find_components

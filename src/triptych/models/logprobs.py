@@ -49,8 +49,9 @@ def label_logprobs(hidden: Tensor, labels: Tensor, head: nn.Module, chunk_size: 
 
 
 def cut_logprobs(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
-    """The same through the kernel of the package `cut-cross-entropy`, which holds no logits at all (Wijmans et al. 2024,
-    arXiv 2411.09009). Its filter of small gradients is off, so that gradients are exact up to rounding.
+    """The same through the kernel of the package `cut-cross-entropy`, which holds no logits at all.
+
+    Wijmans et al. 2024, arXiv 2411.09009. Its filter of small gradients is off: they are exact up to rounding.
 
     Raises:
         ModelError: the head is not a plain linear layer without bias, or not on a CUDA device.

@@ -54,7 +54,6 @@ class VlmScorer(nn.Module):
         words: PictureWords | None = None,
         trees: bool = True,
         store: FeatureStore | None = None,
-        head_kernel: HeadKernel = "plain",
     ) -> None:
         """
         Args:
@@ -63,7 +62,6 @@ class VlmScorer(nn.Module):
             pictures: makes the dummy picture of a micro-batch without pictures; needed when vision or connector train.
             words: what pictures are compared with; needed for `word_logprobs` and what comes with it.
             store: keeps the states of a frozen tower, where batches come with `picture_inputs`.
-            head_kernel: what makes log-probabilities of hidden states, `label_logprobs` or `cut_logprobs`.
             trees: compute every trunk once and no padding, where `components.tree_obstacle` knows of no obstacle.
 
         Raises:
@@ -87,7 +85,8 @@ class VlmScorer(nn.Module):
         self.components = components
         self.needs = needs
         self.chunk_size = chunk_size
-        self.head_kernel = head_kernel
+        self.head_kernel: HeadKernel = "plain"
+        """What makes log-probabilities of hidden states: `label_logprobs`, or `cut_logprobs` if it is set to that."""
         self.pictures = pictures
         self.vision = VisionSide(hf, components, pictures, store)
         self.words = words
