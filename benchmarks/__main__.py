@@ -23,7 +23,7 @@ from benchmarks import record, scaling
 from benchmarks.models import SCALES
 from benchmarks.process import COMMAND, Remote, serve
 from benchmarks.row import Setting
-from benchmarks.table import COMPILED, FEWER_REPEATS, PLAIN, REPEATS, ROWS, TARGETS
+from benchmarks.table import COMPILED, OTHER_REPEATS, PLAIN, REPEATS, ROWS, TARGETS
 from benchmarks.timing import Timing, interleave
 from triptych.engine.allocator import keep_memory
 
@@ -110,7 +110,7 @@ def measure(name: str, repeats: int | None) -> dict[str, Any]:
     kept = MEMORY_KEPT if key not in PLAIN and device().type == "cpu" else {}
     with Remote([name, "--way", "ours"], kept) as ours, Remote([name, "--way", "peer"], {}) as peer:
         about, _ = ours.about(), peer.about()
-        timings = interleave({"ours": ours, "peer": peer}, repeats or FEWER_REPEATS.get(key, REPEATS))
+        timings = interleave({"ours": ours, "peer": peer}, repeats or OTHER_REPEATS.get(key, REPEATS), warm_up=0)
     if not about.pop("compares_memory"):
         timings["ours"].added = timings["peer"].added = 0
     return describe(name, about, timings["ours"], timings["peer"])

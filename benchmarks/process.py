@@ -81,8 +81,9 @@ class Remote:
 
 
 def serve(way: Way, about: Mapping[str, Any]) -> None:
-    """Say what this is, then answer each line of the standard input: `time` or `memory`."""
+    """Take a step to warm up, say what this is, then answer each line of the standard input: `time` or `memory`."""
     runner = Local(way)
+    runner.take(looks_at_memory=False)  # which also makes the optimizer's state; both ways do so at the same time
     print(json.dumps(about), flush=True)
     for line in sys.stdin:
         print(json.dumps(asdict(runner.take(looks_at_memory=line.strip() == "memory"))), flush=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
-from benchmarks import allocator, figures, questions, record
+from benchmarks import allocator, figures, products, questions, record
 from benchmarks.models import VOCABULARY
 from benchmarks.record import Result
 from benchmarks.timing import QUIET
@@ -48,6 +49,10 @@ In the rows of preferences our reference's log-probabilities were computed befor
 frozen tower's features kept from then, as a run does by itself. That pass is not in our time: it is spread over the
 epochs of a run. `dpo_196_one_epoch` has it in every step, as a run of a single epoch pays it.
 
+"Products" is how many times as many operations the peer's linear layers take in a step (counted by
+`python -m benchmarks.products`, attention left out): what would be won if products were all there is. On CPUs without
+bf16 they are three quarters of a step.
+
 Run it with `make bench`, or `make bench ARGUMENTS="sft_full_196 scaling"` for a part: rows that are not measured keep
 their figures. Leave the machine alone meanwhile.
 """
@@ -63,7 +68,7 @@ def main() -> None:
         old.unlink()
     for name, text in plots.items():
         (folder / name).write_text(text, encoding="utf-8")
-    (DOCS / "benchmarks.md").write_text(page(result, sections()), encoding="utf-8")
+    (DOCS / "benchmarks.md").write_text(page(result, sections(), counted()), encoding="utf-8")
 
 
 def sections() -> list[str]:
@@ -72,16 +77,23 @@ def sections() -> list[str]:
     return [section(json.loads(path.read_text(encoding="utf-8"))) for path, section in found if path.is_file()]
 
 
-def page(result: Result, more: Sequence[str] = ()) -> str:
+def counted() -> Result:
+    """What `benchmarks.products` counted."""
+    found: Result = json.loads(products.RESULT.read_text(encoding="utf-8")) if products.RESULT.is_file() else {}
+    return found
+
+
+def page(result: Result, more: Sequence[str] = (), operations: Mapping[str, Result] = MappingProxyType({})) -> str:
     """The page in Markdown.
 
     Args:
         more: sections for its end.
+        operations: row -> those of both ways, see `benchmarks.products`.
     """
     rows, points = result["rows"], result.get("scaling", [])
     parts = [INTRODUCTION, _machines([*rows, *points])]
     if rows:
-        parts += [_verdict(rows), _table(rows), _image("ratios", "Times as fast as the peer, row by row")]
+        parts += [_verdict(rows), _table(rows, operations), _image("ratios", "Times as fast as the peer, row by row")]
         parts.append(_image("memory", "The peer's added memory over ours, row by row"))
     if failed := result.get("failed"):
         lines = [f"- `{item['name']}`: {item['error']}" for item in failed]
@@ -170,10 +182,15 @@ def _verdict(rows: Sequence[Result]) -> str:
     return "\n".join(["## The table", "", *lines, ""])
 
 
-def _table(rows: Sequence[Result]) -> str:
+def _products(name: str, operations: Mapping[str, Result]) -> str:
+    found = operations.get(name)
+    return "-" if found is None else f"{found['peer'] / found['ours']:.2f}"
+
+
+def _table(rows: Sequence[Result], operations: Mapping[str, Result]) -> str:
     lines = [
-        "| row | ours | peer | times as fast | target | memory | target | n | precision | against |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+        "| row | ours | peer | times as fast | products | target | memory | target | n | precision | against |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |",
     ]
     for row in rows:
         count = f"{row['n']}, {row['disturbed']} disturbed" if row.get("disturbed") else f"{row['n']}"
@@ -182,6 +199,7 @@ def _table(rows: Sequence[Result]) -> str:
             f"{row['ours']:.3g}" + (" (compiled)" if row.get("compiled") else ""),
             f"{row['peer']:.3g}",
             f"{row['ratio']:.2f}" if row["ratio"] >= 1 else f"**{row['ratio']:.2f}: the peer is faster**",
+            _products(row["name"], operations),
             _target(row.get("target_ratio"), _misses_time(row)),
             _share(row["memory_ratio"]),
             _target(row.get("target_memory"), _misses_memory(row)),

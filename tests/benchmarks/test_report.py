@@ -71,22 +71,23 @@ def line_of(page: str, name: str) -> list[str]:
 
 
 def test_rows_stand_with_their_targets_and_peers() -> None:
-    page = report.page(RESULT)
+    page = report.page(RESULT, operations={"fast": {"ours": 20, "peer": 45}})
     fast = line_of(page, "fast")
-    assert fast[1:9] == ["2", "5", "2.50", "2", "0.50", "0.75", "3", "float32"]
-    assert fast[9] == "the peer of fast (seconds a step; as users run it)"
+    assert fast[1:10] == ["2", "5", "2.50", "2.25", "2", "0.50", "0.75", "3", "float32"]
+    assert fast[10] == "the peer of fast (seconds a step; as users run it)"
 
 
 def test_a_peer_that_is_ahead_and_a_missed_target_are_marked() -> None:
     page = report.page(RESULT)
-    assert line_of(page, "slow")[3:8] == [
+    assert line_of(page, "slow")[3:9] == [
         "**0.73: the peer is faster**",
+        "-",
         "0.7",
         "**1.20: the peer needs less**",
         "0.25, **missed**",
         "3, 2 disturbed",
     ]
-    assert line_of(page, "missed")[3:7] == ["1.20", "1.5, **missed**", "0.90", "-"]
+    assert line_of(page, "missed")[3:8] == ["1.20", "-", "1.5, **missed**", "0.90", "-"]
     assert "- The peer is faster in: `slow` (0.73)." in page
     assert "- The peer needs less memory in: `slow` (1.20)." in page
     assert "- Targets are missed in: `slow`, `missed`." in page
@@ -126,6 +127,8 @@ def test_without_results_the_page_says_so() -> None:
 
 def test_the_page_in_the_repository_is_made_of_the_results_in_it() -> None:
     result = record.read()
-    assert (report.DOCS / "benchmarks.md").read_text(encoding="utf-8") == report.page(result, report.sections())
+    assert (report.DOCS / "benchmarks.md").read_text(encoding="utf-8") == report.page(
+        result, report.sections(), report.counted()
+    )
     folder: Path = report.DOCS / report.PLOTS
     assert {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.svg")} == report.draw(result)

@@ -6,13 +6,9 @@ peak.
 
 from __future__ import annotations
 
-import gc
 import sys
-import threading
-import time
 from pathlib import Path
 
-import psutil
 import torch
 
 from tests.invariants.toys import runtime
@@ -22,6 +18,7 @@ from triptych.data.images import resolve_image
 from triptych.data.loader import Loader, LoaderConfig
 from triptych.data.mixture import Mixture
 from triptych.data.tokenize import CaptionEncoder
+from triptych.engine.memory import PeakMemory
 from triptych.engine.step import run_window
 from triptych.models.dual_encoder import DualEncoderConfig, DualEncoderScorer, LoadedDualEncoder, load_dual_encoder
 from triptych.objectives.contrastive import ContrastiveConfig, ContrastiveObjective
@@ -80,28 +77,6 @@ class Pairs:
         return Sample(turns, self.origin(index))
 
 
-class PeakMemory:
-    """Resident memory of this process, sampled every 10 ms in the background."""
-
-    def __init__(self) -> None:
-        self._process = psutil.Process()
-        self._is_over = threading.Event()
-        self.peak = self.start = self._process.memory_info().rss
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._is_over.is_set():
-            self.peak = max(self.peak, self._process.memory_info().rss)
-            time.sleep(0.01)
-
-    def added(self) -> int:
-        """Bytes above the start, at the peak."""
-        self._is_over.set()
-        self._thread.join()
-        return self.peak - self.start
-
-
 def step(loaded: LoadedDualEncoder, scorer: DualEncoderScorer, folder: Path, pairs: int) -> float:
     """One window through the real loader, without the update."""
     dataset = Pairs(folder, pairs)
@@ -127,10 +102,9 @@ def main(tower: str, pairs: int, folder: Path) -> None:
     scorer = DualEncoderScorer(loaded.model, loaded.components).train()
     # What the libraries allocate once belongs to no step.
     step(loaded, scorer, folder, MICRO_BATCH)
-    gc.collect()
-    memory = PeakMemory()
-    step(loaded, scorer, folder, pairs)
-    print(f"added {memory.added()}")
+    with PeakMemory(torch.device("cpu"), interval=0.01) as memory:
+        step(loaded, scorer, folder, pairs)
+    print(f"added {memory.added}")
 
 
 if __name__ == "__main__":

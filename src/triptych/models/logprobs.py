@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+
+from triptych.core.errors import ConfigError, ModelError
+
+HeadKernel = Literal["plain", "cut_cross_entropy"]
 
 DEFAULT_CHUNK = 512
 """Positions per chunk: 512 x 150,000 logits are 300 MB in float32."""
@@ -39,6 +46,43 @@ def label_logprobs(hidden: Tensor, labels: Tensor, head: nn.Module, chunk_size: 
             for states, chunk in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
         ]
     return torch.cat(parts)
+
+
+def cut_logprobs(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+    """The same through the kernel of the package `cut-cross-entropy`, which holds no logits at all.
+
+    Wijmans et al. 2024, arXiv 2411.09009. Its filter of small gradients is off: they are exact up to rounding.
+
+    Raises:
+        ModelError: the head is not a plain linear layer without bias, or not on a CUDA device.
+        ConfigError: the package is not installed.
+    """
+    obstacle = _cut_obstacle(hidden, head)
+    if obstacle is not None:
+        message = f"the head kernel `cut_cross_entropy` cannot be used: {obstacle}"
+        raise ModelError(message, key="head_kernel", remedy="set `head_kernel: plain`")
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        message = f"the head kernel `cut_cross_entropy` cannot be loaded: {error}"
+        remedy = "pip install cut-cross-entropy, or set `head_kernel: plain`"
+        raise ConfigError(message, key="head_kernel", remedy=remedy) from error
+    weight = head.get_parameter("weight")
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    logprobs: Tensor = -linear_cross_entropy(hidden, weight, labels, reduction="none", filter_eps=None)
+    return logprobs
+
+
+def _cut_obstacle(hidden: Tensor, head: nn.Module) -> str | None:
+    if hidden.device.type != "cuda":
+        return f"it needs a CUDA device, and the model is on `{hidden.device.type}`"
+    if type(head) is not nn.Linear or head.bias is not None:
+        return f"the head is {type(head).__name__}, not a plain linear layer without bias"
+    if isinstance(head.weight, DTensor):
+        return "the head's weight is sharded"
+    return None
 
 
 def _chunk_logprobs(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:

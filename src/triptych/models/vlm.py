@@ -24,7 +24,7 @@ from triptych.models.components import (
     tree_obstacle,
 )
 from triptych.models.generation import Prompt, generate
-from triptych.models.logprobs import DEFAULT_CHUNK, label_logprobs
+from triptych.models.logprobs import DEFAULT_CHUNK, HeadKernel, cut_logprobs, label_logprobs
 from triptych.models.picture_words import PictureWords
 from triptych.models.tree_attention import use_tree_attention
 from triptych.models.trees import make_layout, pack, tree_inputs
@@ -85,6 +85,8 @@ class VlmScorer(nn.Module):
         self.components = components
         self.needs = needs
         self.chunk_size = chunk_size
+        self.head_kernel: HeadKernel = "plain"
+        """What makes log-probabilities of hidden states: `label_logprobs`, or `cut_logprobs` if it is set to that."""
         self.pictures = pictures
         self.vision = VisionSide(hf, components, pictures, store)
         self.words = words
@@ -135,7 +137,11 @@ class VlmScorer(nn.Module):
         if "token_logprobs" not in self.needs:
             return Scores(auxiliary=auxiliary)
         labels = batch.labels[batch.supervised]
-        logprobs = label_logprobs(hidden, labels, self.hf.get_output_embeddings(), self.chunk_size)
+        head = self.hf.get_output_embeddings()
+        if self.head_kernel == "cut_cross_entropy":
+            logprobs = cut_logprobs(hidden, labels, head)
+        else:
+            logprobs = label_logprobs(hidden, labels, head, self.chunk_size)
         return Scores(token_logprobs=logprobs, auxiliary=auxiliary)
 
     def _language(

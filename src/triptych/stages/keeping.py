@@ -58,7 +58,9 @@ def open_store(
         raise _refusal(obstacle, "or resume as the run began")
     if is_main():
         text = json.dumps({"keeps": keeps, "reason": reason}, indent=1) + "\n"
-        (output / DECISION).write_text(text, encoding="utf-8")
+        aside = output / f"{DECISION}.part"
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(output / DECISION)  # whole or not at all: a resumed run reads it
     console.print(f"features of pictures: {'kept' if keeps else 'not kept'}, {reason}", highlight=False)
     if not keeps:
         return None

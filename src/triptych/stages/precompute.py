@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from triptych.core.distributed import barrier, is_main, rank, world_size
+from triptych.core.distributed import barrier, broadcast_object, is_main, rank, world_size
 from triptych.core.errors import ModelError
 from triptych.core.protocols import PictureProcessor
 from triptych.core.types import IGNORE, Batch, Example, ImageReference, Sample
@@ -107,8 +107,7 @@ class PrecomputedReference:
         self._home = home
         store = FeatureCache(home)
         finished = home / f"{self._data_key(datasets)}.done"
-        if not finished.is_file():
-            barrier()  # all look before one writes
+        if not broadcast_object(finished.is_file() if is_main() else None):  # all do the same, whatever each sees
             for batch in self._batches(store, scorer, datasets, config, runtime, console):
                 with runtime.autocast():
                     logprobs = reference_logprobs(scorer, batch)

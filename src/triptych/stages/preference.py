@@ -62,12 +62,18 @@ def build_preference(recipe: PreferenceRecipe) -> Built:
 
 
 def reference_kind(recipe: PreferenceRecipe, plan: TuningPlan, rows: int) -> ReferenceKind:
-    """What `auto` means for this recipe: computed before training where every row is used at least once."""
+    """What `auto` means for this recipe: computed before training where every row is used at least once.
+
+    A model that the recipe shards may not fit whole on a device, which computing before training and a copy both need:
+    there the adapters are switched off wherever they are all that trains.
+    """
     if recipe.reference != "auto":
         return recipe.reference
-    if recipe.loader.passes(rows) >= 1:
+    trains_adapters_only = bool(plan.adapters) and not plan.full_matches
+    is_sharded = recipe.train.runtime.strategy == "fsdp"
+    if recipe.loader.passes(rows) >= 1 and not (is_sharded and trains_adapters_only):
         return "precomputed"
-    return "adapter_off" if plan.adapters and not plan.full_matches else "frozen"
+    return "adapter_off" if trains_adapters_only else "frozen"
 
 
 def make_reference(kind: ReferenceKind, vlm: Vlm) -> Reference | None:

@@ -14,6 +14,7 @@ from triptych.engine.trainer import TrainConfig
 from triptych.evaluation.metrics import MetricName
 from triptych.models.dual_encoder import DualEncoderConfig
 from triptych.models.load import VlmConfig
+from triptych.models.logprobs import HeadKernel
 from triptych.models.tuning import TuningRule
 from triptych.objectives.bag_of_words import BagOfWordsConfig
 from triptych.objectives.contrastive import ContrastiveConfig
@@ -135,6 +136,9 @@ class VlmRecipe(StageRecipe):
     trees: bool = True
     """Compute what rows about one picture have in common once, and no padding. The result is the same up to rounding;
     `false` expands them to padded rows, as families do whose attention is not known."""
+    head_kernel: HeadKernel = "plain"
+    """What makes log-probabilities of hidden states: `plain`, chunks of logits, or on a GPU the kernel of the package
+    `cut_cross_entropy`, which holds none."""
     features: FeaturesConfig = FeaturesConfig()
     """What is kept of pictures where the vision tower is frozen."""
 

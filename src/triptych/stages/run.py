@@ -21,6 +21,7 @@ from triptych.data.loader import LoaderConfig
 from triptych.data.mixture import Mixture
 from triptych.engine.allocator import keep_memory
 from triptych.engine.checkpoint import Checkpoints
+from triptych.engine.lock import locked
 from triptych.engine.monitors import build_monitors
 from triptych.engine.parallel import Runtime
 from triptych.engine.state import seed_everything
@@ -59,12 +60,13 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
     output = Path(recipe.output)
     console.print(built.plan.table())
     is_new = not has_checkpoint(output)
-    if is_main() and is_new:
-        # With a checkpoint, the recipe may be another one, which is refused below: it must not replace the file.
-        write_recipe(recipe, output)
-    barrier()
-    store = open_store(recipe, built, runtime, console, is_new=is_new)
-    built.prepare(runtime, console)
+    with locked(output):
+        if is_main() and is_new:
+            # With a checkpoint, the recipe may be another one, which is refused below: it must not replace the file.
+            write_recipe(recipe, output)
+        barrier()
+        store = open_store(recipe, built, runtime, console, is_new=is_new)
+        built.prepare(runtime, console)
     scorer = wrap_scorer(built, runtime)
     loader, found = settle_loader(recipe, built, runtime, scorer, is_new=is_new, console=console)
     if is_main() and is_new:

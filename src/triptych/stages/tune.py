@@ -72,6 +72,7 @@ def with_objective(recipe: TuneRecipe, vlm: Vlm, datasets: list[Dataset]) -> tup
         vlm.loaded.components,
         needs=build_objective(objective).needs,
         pictures=vlm.loaded.pictures,
+        trees=vlm.scorer.packs_trees,
         words=PictureWords(sorted({*words.tokens, *others}), rules),
     )
     return replace(vlm, scorer=scorer), lambda sample: words.weigh(encode(sample))

@@ -71,6 +71,7 @@ def build_vlm(recipe: VlmRecipe) -> Vlm:
         rules = cover_new_tokens(loaded.model, loaded.components, recipe.tuning, untrained_tokens(loaded))
         plan = apply_tuning(loaded.model, loaded.components, rules, recipe.lr, recipe.weight_decay)
     scorer = VlmScorer(loaded.model, loaded.components, pictures=loaded.pictures, trees=recipe.trees)
+    scorer.head_kernel = recipe.head_kernel
     return Vlm(loaded, plan, scorer, encoder)
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from triptych.models.logprobs import label_logprobs
+from triptych.core.errors import ConfigError, ModelError
+from triptych.models import logprobs
+from triptych.models.logprobs import cut_logprobs, label_logprobs
 
 
 def _full(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module) -> torch.Tensor:
@@ -108,3 +113,53 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     assert result.dtype == torch.float32
     expected = head(hidden).double().log_softmax(-1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_cut_kernel_equals_full_with_gradients() -> None:
+    pytest.importorskip("cut_cross_entropy")
+    torch.manual_seed(0)
+    head = nn.Linear(64, 1000, bias=False, device="cuda")
+    labels = torch.randint(0, 1000, (77,), device="cuda")
+    found = []
+    for score in (label_logprobs, cut_logprobs):
+        hidden = torch.linspace(-2, 2, 77 * 64, device="cuda").reshape(77, 64).requires_grad_()
+        head.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            scores = score(hidden, labels, head)
+        (scores * torch.linspace(-1, 1, 77, device="cuda")).sum().backward()
+        found.append([scores, hidden.grad, head.weight.grad])
+    for cut, full in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(cut, full, rtol=2e-2, atol=2e-2)
+
+
+def test_the_cut_kernel_is_refused_where_it_would_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, labels = torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ModelError, match="needs a CUDA device, and the model is on `cpu`"):
+        cut_logprobs(hidden, labels, nn.Linear(4, 5, bias=False))
+    on_cuda = SimpleNamespace(device=torch.device("cuda"))
+    assert logprobs._cut_obstacle(on_cuda, nn.Linear(4, 5, bias=False)) is None  # type: ignore[arg-type]
+    assert "without bias" in str(logprobs._cut_obstacle(on_cuda, nn.Linear(4, 5)))  # type: ignore[arg-type]
+    monkeypatch.setattr(logprobs, "_cut_obstacle", lambda hidden, head: None)
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)
+    with pytest.raises(ConfigError, match="cannot be loaded") as caught:
+        cut_logprobs(hidden, labels, nn.Linear(4, 5, bias=False))
+    assert "pip install cut-cross-entropy" in str(caught.value)
+
+
+def test_the_cut_kernel_is_asked_for_exact_gradients_of_each_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **options: Any) -> Any:
+        asked.update(options, types={hidden.dtype, weight.dtype})
+        return nn.functional.cross_entropy((hidden @ weight.T).float(), labels, reduction="none")
+
+    monkeypatch.setattr(logprobs, "_cut_obstacle", lambda hidden, head: None)
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", SimpleNamespace(linear_cross_entropy=linear_cross_entropy))
+    torch.manual_seed(0)
+    head, hidden, labels = nn.Linear(4, 5, bias=False), torch.randn(3, 4), torch.tensor([0, 4, 2])
+    torch.testing.assert_close(cut_logprobs(hidden, labels, head), _full(hidden, labels, head))
+    assert asked == {"reduction": "none", "filter_eps": None, "types": {torch.float32}}
+    with torch.autocast("cpu", torch.bfloat16):
+        cut_logprobs(hidden, labels, head)
+    assert asked["types"] == {torch.bfloat16}

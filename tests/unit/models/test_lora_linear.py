@@ -51,7 +51,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: item.grad for name, item in model.named_parameters() if item.grad is not None}
 
 
-@pytest.mark.requirement("F-1")
+@pytest.mark.requirement("E-1", "E-7")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7, 6), (2, 4, 6), (1, 6)])
 def test_equals_peft_with_gradients(bias: bool, shape: tuple[int, ...]) -> None:

@@ -40,6 +40,7 @@ def decision(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run" / "features.json").read_text())
 
 
+@pytest.mark.requirement("I-17")
 def test_a_run_that_keeps_features_learns_the_same(files: Files, tmp_path: Path) -> None:
     plain, kept = tmp_path / "plain", tmp_path / "kept"
     assert triptych("train", recipe(files, plain, features={"keep": "never"})).status == 0

@@ -58,6 +58,39 @@ def test_a_run_learns_the_same_as_with_a_frozen_copy(files: Files, tmp_path: Pat
     assert results[1] == pytest.approx(results[0], rel=1e-4)
 
 
+def test_the_pass_of_the_reference_counts_for_keeping_features(files: Files, tmp_path: Path) -> None:
+    """Of one epoch, every picture is seen twice: before training and in it."""
+    reasons = {}
+    for kind in ("frozen", "precomputed"):
+        file = recipe(files, tmp_path / kind, reference=kind, loader={"epochs": 1})
+        assert triptych("train", file).status == 0
+        reasons[kind] = json.loads((tmp_path / kind / "run" / "features.json").read_text())["reason"]
+    assert reasons["frozen"] == "1 passes over the data show hardly a picture twice"
+    assert "ms to read" in reasons["precomputed"]  # it was worth a look
+    assert losses(tmp_path / "precomputed") == pytest.approx(losses(tmp_path / "frozen"), rel=1e-5)
+
+
+def test_pairs_about_one_picture_may_share_it(files: Files, tmp_path: Path) -> None:
+    """Grouped by the loader and packed, the same pairs have the same loss and lead to the same weights."""
+    pairs = json.loads((files.data / "pairs.json").read_text())[:8]
+    for number, pair in enumerate(pairs):
+        pair["images"] = pairs[number % 2]["images"]
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(pairs))
+    data = [{**preference(files)["data"][0], "path": str(path)}]
+    found, weights = {}, {}
+    for name, rows, trees in (("apart", 1, False), ("together", 8, True), ("as rows", 8, False)):
+        loader = {"global_batch": 8, "micro_batch": 8, "epochs": 2, "rows_per_picture": rows}
+        file = recipe(files, tmp_path / name, data=data, trees=trees, loader=loader, features={"keep": "always"})
+        assert triptych("train", file).status == 0
+        found[name] = losses(tmp_path / name)
+        weights[name] = load_file(tmp_path / name / "run" / "model" / "model.safetensors")
+    for name in ("together", "as rows"):
+        assert found[name] == pytest.approx(found["apart"], rel=1e-5)
+        for key, value in weights["apart"].items():
+            torch.testing.assert_close(weights[name][key], value, rtol=1e-4, atol=2e-5)
+
+
 def test_an_interrupted_run_ends_as_one_that_was_not(files: Files, tmp_path: Path) -> None:
     file = recipe(files, tmp_path, reference="precomputed")
     assert triptych("train", file).status == 0

@@ -20,7 +20,19 @@ FULL = [{"match": part, "method": "full"} for part in ("connector", "language")]
 def recipe(files: Files, folder: Path, **changes: Any) -> Path:
     values = {"output": str(folder / "run"), **preference(files)}
     loader = {"global_batch": 8, "micro_batch": 4, "epochs": 1}
-    return write(folder / "recipe.yaml", values, loader=loader, train={"save_every": None}, **changes)
+    return write(folder / "recipe.yaml", values, **{"loader": loader, "train": {"save_every": None}, **changes})
+
+
+def test_auto_keeps_a_sharded_model_sharded(files: Files, tmp_path: Path) -> None:
+    """Where adapters are all that trains; without them a whole copy is needed either way."""
+    adapters = build_preference(read_recipe(recipe(files, tmp_path / "a", train={"runtime": {"strategy": "fsdp"}})))
+    assert isinstance(adapters.reference, AdapterOffReference)
+    tuning = [{"match": "vision", "method": "frozen"}, *FULL]
+    changes = {"tuning": tuning, "train": {"runtime": {"strategy": "fsdp"}}}
+    full = build_preference(read_recipe(recipe(files, tmp_path / "b", **changes)))
+    assert full.reference is None and full.passes_before == 1  # computed before training
+    single = build_preference(read_recipe(recipe(files, tmp_path / "c")))
+    assert single.reference is None and single.passes_before == 1
 
 
 @pytest.mark.parametrize("kind", ["adapter_off", "frozen", "precomputed"])

@@ -1,0 +1,46 @@
+"""Freed memory stays in the process, and is given back when peaks are measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource, sys
+import psutil, torch
+from triptych.engine.allocator import keep_memory
+from triptych.engine.memory import PeakMemory
+
+kept = sys.argv[1] == "True" and keep_memory()
+
+def faults():
+    def work():
+        for _ in range(5):
+            torch.ones(25_000_000)  # 100 MB
+    work()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+found = faults()
+with PeakMemory(torch.device("cpu"), 0.001) as memory:
+    held = torch.ones(25_000_000)
+print(kept, found, memory.added)
+"""
+
+
+def run(keep: bool) -> tuple[bool, int, int]:
+    """Whether it is kept, pages that were faulted in, bytes added by 100 MB."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(keep)], capture_output=True, text=True, check=True)
+    kept, faults, added = done.stdout.split()
+    return kept == "True", int(faults), int(added)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_the_same_memory_is_used_again_and_its_peak_can_still_be_measured() -> None:
+    _, plain, added = run(keep=False)
+    kept, again, added_when_kept = run(keep=True)
+    assert kept and plain > 100_000 and again < plain / 50
+    assert added_when_kept == pytest.approx(added, rel=0.05) == pytest.approx(100e6, rel=0.05)
