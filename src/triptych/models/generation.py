@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, PreTrainedModel
 
@@ -63,7 +64,7 @@ def generate(
     pad = stop_ids[0] if stop_ids else 0
     inputs: dict[str, Any] = prompt_inputs(hf, prompts, pictures, pad)
     longest = inputs["input_ids"].shape[1]
-    with evaluation_mode(hf):
+    with evaluation_mode(hf), _head_for_few_rows(hf):
         if samples > 1:
             inputs = _repeat_prompts(hf, inputs, samples, pad)
         inputs.setdefault("past_key_values", growing_cache(hf))
@@ -84,6 +85,35 @@ def generate(
         end = next((index for index, token in enumerate(row) if token in stops), len(row))
         answers.append(row[:end])
     return answers
+
+
+class _TurnedHead(nn.Module):
+    """A head whose product is written the other way round, W xᵀ: for few rows BLAS is twice as fast then, since it need
+    not rearrange all of W."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., D] to [..., vocabulary]."""
+        rows = states.reshape(-1, states.shape[-1])
+        return (self.weight @ rows.T).T.reshape(*states.shape[:-1], -1)
+
+
+@contextmanager
+def _head_for_few_rows(hf: PreTrainedModel) -> Iterator[None]:
+    """On a CPU in float32, the head as `_TurnedHead` inside the block: a token of a few rows at a time is generated."""
+    head = hf.get_output_embeddings()
+    weight = head.weight if type(head) is nn.Linear and head.bias is None else None
+    if weight is None or isinstance(weight, DTensor) or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        yield
+        return
+    hf.set_output_embeddings(_TurnedHead(weight))
+    try:
+        yield
+    finally:
+        hf.set_output_embeddings(head)
 
 
 def _repeat_prompts(hf: PreTrainedModel, inputs: dict[str, Tensor], samples: int, pad: int) -> dict[str, Any]:

@@ -91,6 +91,18 @@ def test_the_answer_ends_before_the_first_stop_token() -> None:
     assert len(cut[0]) <= 2
 
 
+def test_the_head_is_itself_again_afterwards_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer, image_processor = tiny_family("llava")
+    pictures = make_pictures(model.config, image_processor, tokenizer)
+    head, names = model.get_output_embeddings(), list(model.state_dict())
+    generate(model, prompts(tokenizer, pictures), pictures, max_new_tokens=2, stop_ids=(), samples=2)
+    assert model.get_output_embeddings() is head and list(model.state_dict()) == names
+    monkeypatch.setattr(model, "generate", lambda **inputs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, prompts(tokenizer, pictures), pictures, max_new_tokens=2, stop_ids=())
+    assert model.get_output_embeddings() is head
+
+
 def test_modes_are_restored_and_sampling_follows_the_seed() -> None:
     model, tokenizer, processor = tiny_family("llava")
     pictures = make_pictures(model.config, processor, tokenizer)
