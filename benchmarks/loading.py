@@ -182,6 +182,10 @@ _THREADS = usable_processors()
 LOADING: Mapping[str, Build] = {
     "loader_vqa": _loader_vqa(_AS_RUN, decode_threads=_THREADS),
     "loader_vqa_draft": _loader_vqa(_AS_RUN, decode="draft", decode_threads=_THREADS),
+    "loader_vqa_thread": _loader_vqa(f"{_TRL}; one thread on both sides", decode_threads=1, prefetch=0),
+    "loader_vqa_draft_thread": _loader_vqa(
+        f"{_TRL}; one thread on both sides", decode="draft", decode_threads=1, prefetch=0
+    ),
 }
 
 

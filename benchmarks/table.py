@@ -65,6 +65,8 @@ OTHER_REPEATS: Mapping[str, int] = {
     # Half a second, so that a moment's disturbance shows.
     "loader_vqa": 21,
     "loader_vqa_draft": 21,
+    "loader_vqa_thread": 21,
+    "loader_vqa_draft_thread": 21,
     "rollout_k8": 5,
 }
 """Timed turns of rows whose steps are long or short."""

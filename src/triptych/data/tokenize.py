@@ -205,12 +205,19 @@ class ConversationEncoder:
         text = "".join(segment.text for segment in segments)
         stops = list(itertools.accumulate(len(segment.text) for segment in segments))
         done: set[int] = set()
+        plain: list[int] = []  # tokens of the segment `owner`, added together
+        owner = segments[0]
         for token, start, stop in self._text.encode(text, continues):
             first, last = _trim(text, start, stop)
             index = min(bisect.bisect_right(stops, first), len(segments) - 1)
             end_index = min(bisect.bisect_right(stops, last), len(segments) - 1)
             segment = segments[index]
-            if segment.image is not None or segments[end_index].image is not None:
+            is_picture = segment.image is not None or segments[end_index].image is not None
+            is_spelled = token in self._text.control_ids and (segment.is_content or segments[end_index].is_content)
+            if is_picture or is_spelled or segment is not owner:
+                row.append(plain, owner)
+                plain, owner = [], segment
+            if is_picture:
                 if index != end_index:
                     raise ModelError(
                         f"the token `{text[start:stop]}` reaches across the border of a picture",
@@ -219,10 +226,11 @@ class ConversationEncoder:
                 if index not in done:
                     done.add(index)
                     self._append_picture(row, segment, image_size)
-            elif token in self._text.control_ids and (segment.is_content or segments[end_index].is_content):
+            elif is_spelled:
                 row.append(self._text.spell(text[start:stop]), segment)
             else:
-                row.append([token], segment)
+                plain.append(token)
+        row.append(plain, owner)
         if len(done) != sum(segment.image is not None for segment in segments):
             raise ModelError("a picture's placeholder became no token", remedy="add it as a special token")
 

@@ -67,7 +67,7 @@ def cut_logprobs(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
         message = f"the head kernel `cut_cross_entropy` cannot be loaded: {error}"
         remedy = "pip install cut-cross-entropy, or set `head_kernel: plain`"
         raise ConfigError(message, key="head_kernel", remedy=remedy) from error
-    weight = head.get_parameter("weight")
+    weight: Tensor = head.get_parameter("weight")
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)

@@ -37,7 +37,8 @@ class LoraLinear(Linear):
         weights = [base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, *weights = [item if item is None else item.to(dtype) for item in (x, *weights)]
+            x = x.to(dtype)
+            weights = [None if item is None else item.to(dtype) for item in weights]
         if any(item is not None and item.dtype != x.dtype for item in weights):
             # such as float32 factors on half-precision weights outside autocast
             output = super().forward(x)

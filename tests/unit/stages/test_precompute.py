@@ -88,7 +88,7 @@ def test_pairs_about_one_picture_may_share_it(files: Files, tmp_path: Path) -> N
     for name in ("together", "as rows"):
         assert found[name] == pytest.approx(found["apart"], rel=1e-5)
         for key, value in weights["apart"].items():
-            torch.testing.assert_close(weights[name][key], value, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(weights[name][key], value, rtol=1e-3, atol=1e-4)
 
 
 def test_an_interrupted_run_ends_as_one_that_was_not(files: Files, tmp_path: Path) -> None:
