@@ -25,10 +25,8 @@ from benchmarks.process import COMMAND, Remote, serve
 from benchmarks.row import Setting
 from benchmarks.table import COMPILED, OTHER_REPEATS, PLAIN, REPEATS, ROWS, TARGETS
 from benchmarks.timing import Timing, interleave
-from triptych.engine.allocator import keep_memory
+from triptych.engine.allocator import LARGE_PAGES, keep_memory
 
-MEMORY_KEPT = {"THP_MEM_ALLOC_ENABLE": "1"}
-"""What `triptych train` sets beside `keep_memory`."""
 WAYS = ("ours", "peer")
 SCALING = "scaling"
 """Beside the names of rows: how time and memory grow."""
@@ -107,8 +105,8 @@ def measure(name: str, repeats: int | None) -> dict[str, Any]:
         repeats: timed turns; the row's own number if None.
     """
     key = name.partition("@")[0]
-    kept = MEMORY_KEPT if key not in PLAIN and device().type == "cpu" else {}
-    with Remote([name, "--way", "ours"], kept) as ours, Remote([name, "--way", "peer"], {}) as peer:
+    environment = LARGE_PAGES if key not in PLAIN and device().type == "cpu" else {}
+    with Remote([name, "--way", "ours"], environment) as ours, Remote([name, "--way", "peer"], {}) as peer:
         about, _ = ours.about(), peer.about()
         timings = interleave({"ours": ours, "peer": peer}, repeats or OTHER_REPEATS.get(key, REPEATS), warm_up=0)
     if not about.pop("compares_memory"):

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +21,11 @@ import torch
 
 from benchmarks import record
 from benchmarks.models import FULL, make_example
+from benchmarks.process import Remote
 from benchmarks.timing import wait_until_quiet
 from triptych.core.types import Example
 from triptych.data.collate import collate
-from triptych.engine.allocator import keep_memory
+from triptych.engine.allocator import LARGE_PAGES, keep_memory
 
 RESULT = record.FOLDER / "allocator.json"
 TURNS = 7
@@ -35,13 +35,12 @@ KEEP = "memory kept"
 """Begins the names of settings under which `triptych.engine.allocator` is at work."""
 ADOPTED = f"{KEEP}, torch's huge pages"
 """As `triptych train` runs."""
-_TORCH = {"THP_MEM_ALLOC_ENABLE": "1"}
 _GLIBC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     "plain": {},
-    "torch's huge pages": _TORCH,
+    "torch's huge pages": LARGE_PAGES,
     KEEP: {},
-    ADOPTED: _TORCH,
+    ADOPTED: LARGE_PAGES,
     f"{KEEP}, glibc's huge pages": _GLIBC,
     "threads bound": {"OMP_PROC_BIND": "true"},
 }
@@ -53,16 +52,18 @@ def main() -> None:
         serve(sys.argv[2])
         return
     names = sys.argv[1:] or list(SETTINGS)
-    workers = {name: _start(name) for name in names}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for turn in range(TURNS + 1):
-        for name in names if turn % 2 == 0 else reversed(names):
-            wait_until_quiet()
-            answer = _ask(workers[name])
-            if turn > 0:
-                found[name].append(answer)
-    for worker in workers.values():
-        worker.communicate()
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(Remote(["--worker", name], SETTINGS[name], "benchmarks.allocator"))
+            for name in names
+        }
+        for turn in range(TURNS + 1):
+            for name in names if turn % 2 == 0 else reversed(names):
+                wait_until_quiet()
+                answer = workers[name].ask("step")
+                if turn > 0:
+                    found[name].append(answer)
     rows = [_describe(name, found[name], found[names[0]]) for name in names]
     RESULT.write_text(json.dumps({"rows": rows, "turns": TURNS}, indent=1) + "\n", encoding="utf-8")
     for row in rows:
@@ -84,21 +85,6 @@ def _describe(name: str, answers: list[dict[str, float]], first: list[dict[str, 
             other["seconds"] / answer["seconds"] for answer, other in zip(answers, first, strict=True)
         ),
     }
-
-
-def _start(name: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks.allocator", "--worker", name]
-    return subprocess.Popen(
-        command, env={**os.environ, **SETTINGS[name]}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-
-def _ask(worker: subprocess.Popen[str]) -> dict[str, float]:
-    assert worker.stdin is not None and worker.stdout is not None
-    worker.stdin.write("step\n")
-    worker.stdin.flush()
-    answer: dict[str, float] = json.loads(worker.stdout.readline())
-    return answer
 
 
 def serve(name: str) -> None:

@@ -14,21 +14,22 @@ from typing import Any
 
 from benchmarks.timing import Local, Step, Way
 
-COMMAND = (sys.executable, "-m", "benchmarks")
+MODULE = "benchmarks"
+COMMAND = (sys.executable, "-m", MODULE)
 
 
 class Remote:
-    """A process that takes steps when asked, see `serve`."""
+    """A process that answers each line it is written with a line of JSON, such as one that runs `serve`."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], module: str = MODULE) -> None:
         """
         Args:
-            arguments: of `python -m benchmarks`, which must come to call `serve`.
+            arguments: of `python -m module`.
             environment: what is set beside the variables of this process.
         """
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed on exit
         self._process = subprocess.Popen(
-            [*COMMAND, *arguments],
+            [sys.executable, "-m", module, *arguments],
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -46,7 +47,21 @@ class Remote:
 
     def take(self, looks_at_memory: bool) -> Step:
         """Take a step."""
-        return Step(**self._ask("memory" if looks_at_memory else "time"))
+        return Step(**self.ask("memory" if looks_at_memory else "time"))
+
+    def ask(self, question: str) -> dict[str, Any]:
+        """Its answer to a line.
+
+        Raises:
+            RuntimeError: it ended; with the last line it wrote.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(question + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, which is said next
+        return self._answer()
 
     def __enter__(self) -> Remote:
         return self
@@ -58,15 +73,6 @@ class Remote:
             self._process.kill()
         self._process.communicate()
         self._errors.close()
-
-    def _ask(self, question: str) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(question + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended, which is said next
-        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

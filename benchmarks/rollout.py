@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,5 +82,10 @@ class _OnePicture:
     def token_ids(self, width: int, height: int) -> list[int]:
         return [IMAGE_TOKEN] * 196
 
-    def pixels(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
+    def wanted_size(self, width: int, height: int) -> tuple[int, int]:
+        return width, height
+
+    def pixels(
+        self, pictures: Sequence[Image.Image], sizes: Sequence[tuple[int, int]] | None = None
+    ) -> dict[str, Tensor]:
         return {"pixel_values": self.prepared}

@@ -18,6 +18,7 @@ from benchmarks.row import AS_RUN, Build, Row, Setting
 from benchmarks.timing import Way
 from triptych.core.types import Batch, Example, PictureInput
 from triptych.data.collate import collate
+from triptych.engine.parallel import Runtime, RuntimeConfig
 from triptych.models.components import find_components
 from triptych.models.features import FeatureCache
 from triptych.models.vlm import VlmScorer
@@ -169,8 +170,8 @@ def make_scorer(setting: Setting, model: PreTrainedModel) -> VlmScorer:
     components = find_components(model)
     scorer = VlmScorer(model, components).train()
     if setting.compiled:
-        for path in components.layers["language"]:
-            model.get_submodule(path).compile(dynamic=True)
+        blocks = [f"hf.{path}" for paths in components.layers.values() for path in paths]
+        Runtime(RuntimeConfig(compile=True)).wrap(scorer, blocks)
     return scorer
 
 

@@ -55,8 +55,9 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Run a recipe or a pipeline; resumes by itself."""
-    # Pages of 2 MiB for large tensors on CPUs, which torch asks for if this is set when it is loaded.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from triptych.engine.allocator import LARGE_PAGES
+
+    os.environ.update({**LARGE_PAGES, **os.environ})  # before torch is loaded, which reads it then
     _quiet()
     from triptych.stages.pipeline import train as run
 

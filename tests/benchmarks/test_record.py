@@ -15,6 +15,7 @@ from benchmarks.timing import Timing
 
 from benchmarks import __main__ as command
 from benchmarks import record
+from triptych.engine.allocator import LARGE_PAGES
 
 
 def row(name: str, ratio: float = 2.0) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def test_the_last_line_of_a_process_that_fails_is_its_error(monkeypatch: pytest.
 
 
 def test_a_way_has_a_process_of_its_own_with_its_own_environment() -> None:
-    with Remote(["loader_vqa", "--way", "peer"], {"THP_MEM_ALLOC_ENABLE": "1"}) as process:
+    with Remote(["loader_vqa", "--way", "peer"], LARGE_PAGES) as process:
         about = process.about()
         step, last = process.take(looks_at_memory=False), process.take(looks_at_memory=True)
         assert about["unit"] == "seconds for 64 pictures" and not about["compares_memory"] and about["scale"] == "135m"

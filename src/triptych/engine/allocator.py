@@ -7,6 +7,10 @@ step faults all its memory in anew, page by page. What is won by keeping it is i
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
+
+LARGE_PAGES: Mapping[str, str] = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""Environment in which torch asks for pages of 2 MiB for large tensors on CPUs; it is read when torch is loaded."""
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # names of malloc.h
 _LARGEST_KEPT = 1 << 30

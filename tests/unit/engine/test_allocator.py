@@ -24,7 +24,8 @@ def faults():
     work()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-found = faults()
+# Now and then a small block comes to lie where a large one was, which then needs new memory.
+found = min(faults() for _ in range(5))
 with PeakMemory(torch.device("cpu"), 0.001) as memory:
     held = torch.ones(25_000_000)
 print(kept, found, memory.added)

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 from tests.tiny import FAMILIES, noise, tiny_family
 from triptych.core.protocols import PictureProcessor
+from triptych.models import generation
 from triptych.models.generation import Prompt, generate, prompt_inputs
+from triptych.models.growing_cache import GrowingLayer
 from triptych.models.pictures import make_pictures, model_inputs
 
 SIZES = [[(32, 32)], [(64, 24), (20, 50)], [], [(90, 90)]]
@@ -91,11 +93,22 @@ def test_the_answer_ends_before_the_first_stop_token() -> None:
     assert len(cut[0]) <= 2
 
 
-def test_the_head_is_itself_again_afterwards_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_and_cache_are_the_fast_ones_and_the_head_is_itself_again_also_after_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, tokenizer, image_processor = tiny_family("llava")
     pictures = make_pictures(model.config, image_processor, tokenizer)
     head, names = model.get_output_embeddings(), list(model.state_dict())
+    plain = model.generate
+    seen: list[tuple[type, type]] = []
+
+    def watched(**inputs: Any) -> Any:
+        seen.append((type(model.get_output_embeddings()), type(inputs["past_key_values"].layers[0])))
+        return plain(**inputs)
+
+    monkeypatch.setattr(model, "generate", watched)
     generate(model, prompts(tokenizer, pictures), pictures, max_new_tokens=2, stop_ids=(), samples=2)
+    assert seen == [(generation._TurnedHead, GrowingLayer)] * 2
     assert model.get_output_embeddings() is head and list(model.state_dict()) == names
     monkeypatch.setattr(model, "generate", lambda **inputs: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -40,6 +40,12 @@ def decision(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run" / "features.json").read_text())
 
 
+def stop_before_the_end(run: Path, decision: str) -> None:
+    """As if the run had decided so and been stopped before its last checkpoint."""
+    (run / "features.json").write_text(decision)
+    shutil.rmtree(sorted((run / "checkpoints").glob("step-*"))[-1])
+
+
 @pytest.mark.requirement("I-17")
 def test_a_run_that_keeps_features_learns_the_same(files: Files, tmp_path: Path) -> None:
     plain, kept = tmp_path / "plain", tmp_path / "kept"
@@ -105,9 +111,7 @@ class _Clock:
 def test_a_resumed_run_decides_as_it_did(files: Files, tmp_path: Path) -> None:
     file = recipe(files, tmp_path)
     assert triptych("train", file).status == 0
-    run = tmp_path / "run"
-    (run / "features.json").write_text('{"keeps": true, "reason": "because"}')
-    shutil.rmtree(sorted((run / "checkpoints").glob("step-*"))[-1])
+    stop_before_the_end(tmp_path / "run", '{"keeps": true, "reason": "because"}')
     done = triptych("train", file)
     assert done.status == 0 and "features of pictures: kept, because" in done.out
 
@@ -148,8 +152,6 @@ def test_a_run_that_kept_features_cannot_go_on_where_they_cannot_be_kept(files: 
     rules = [{**rule, "method": "full"} for rule in RULES]
     file = recipe(files, tmp_path, tuning=rules)
     assert triptych("train", file).status == 0
-    run = tmp_path / "run"
-    (run / "features.json").write_text('{"keeps": true, "reason": "because"}')
-    shutil.rmtree(sorted((run / "checkpoints").glob("step-*"))[-1])
+    stop_before_the_end(tmp_path / "run", '{"keeps": true, "reason": "because"}')
     done = triptych("train", file)
     assert done.status == 1 and "resume as the run began" in done.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tests.commands import triptych, write
 from tests.recipes.tiny_recipes import Files, tune
 from triptych import __version__
+from triptych.stages import run as run_module
 
 
 def recipe(files: Files, folder: Path) -> Path:
@@ -56,6 +58,20 @@ def test_a_run_leaves_its_plan_and_environment(files: Files, tmp_path: Path) -> 
     assert [row["method"] for row in facts["tuning"]] == ["full", "full", "full"]
     assert sum(row["trainable"] for row in facts["tuning"]) == 69_664
     assert facts["environment"]["triptych"] == __version__ and facts["environment"]["torch"] == torch.__version__
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory is kept in runs on CPUs")
+def test_a_run_keeps_memory_and_asks_for_large_pages(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+    monkeypatch.setattr(run_module, "keep_memory", lambda: seen.append(os.environ.get("THP_MEM_ALLOC_ENABLE")))
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    file = recipe(files, tmp_path)
+    assert triptych("train", file, "--dry-run").status == 0 and seen == ["1"]
+    assert triptych("train", file, "--dry-run", "train.runtime.keep_memory=false").status == 0 and seen == ["1"]
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    assert triptych("train", file, "--dry-run").status == 0 and seen == ["1", "0"]
 
 
 @pytest.mark.requirement("G-7")
