@@ -61,12 +61,15 @@ OTHER_REPEATS: Mapping[str, int] = {
     "dpo_576": 2,
     "dpo_576_full": 2,
     "group8_576": 2,
+    # Beside the table: what they show needs no third.
+    "dpo_196_one_epoch": 2,
+    EAGER: 2,
     "sft_full_196_trl_as_run": 2,
     # Half a second, so that a moment's disturbance shows.
     "loader_vqa": 21,
     "loader_vqa_draft": 21,
-    "loader_vqa_thread": 21,
-    "loader_vqa_draft_thread": 21,
+    "loader_vqa_thread": 11,
+    "loader_vqa_draft_thread": 11,
     "rollout_k8": 5,
 }
 """Timed turns of rows whose steps are long or short."""
