@@ -37,6 +37,8 @@ Image.init()
 _FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # AVIF and others depend on Pillow's build
 _DRAFTED = ("JPEG", "MPO")
 _ROTATED = frozenset({5, 6, 7, 8})
+_MOST_DRAFTED = 8
+"""The most that sides of JPEGs are divided by as they are decoded; the others, 2 and 4, divide it."""
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 _DATA_URL = re.compile(r"^data:([^,]*),(.*)$", re.DOTALL)
 _PNG_METADATA = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
@@ -135,10 +137,12 @@ def decode_reduced(
         DataError: as `decode`; or what `wanted_size` raises.
     """
     with _opened(reference) as (image, _):
-        is_turned = image.format in _DRAFTED and image.getexif().get(ExifTags.Base.Orientation) in _ROTATED
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if image.format in _DRAFTED else 1
+        is_turned = orientation in _ROTATED
         stored = image.size
         whole = stored[::-1] if is_turned else stored
-        if image.format in _DRAFTED:
+        # What stands for less than a full square must come last, and a turn may bring it to the front.
+        if image.format in _DRAFTED and (orientation == 1 or all(side % _MOST_DRAFTED == 0 for side in stored)):
             least = _least_size(wanted_size, whole, DRAFT_MARGIN)
             image.draft(None, least[::-1] if is_turned else least)
         image.load()

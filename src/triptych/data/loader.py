@@ -65,6 +65,12 @@ def _check_micro_batch(value: object) -> object:
     raise ValueError(f"`{value}` is neither a number of samples, 1 or more, nor `auto`")
 
 
+def _check_threads(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"`{value}` is neither a number of threads, 1 or more, nor `auto`")
+
+
 class LoaderConfig(Config):
     """How rows become windows."""
 
@@ -95,7 +101,7 @@ class LoaderConfig(Config):
     decode: Literal["full", "draft"] = "full"
     """`draft` decodes pictures at a half, a third, ... of their size where that is more than the model takes: faster,
     and on photographs one or two of 255 levels off the whole pictures on average. It changes no number of tokens."""
-    decode_threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    decode_threads: Annotated[int | Literal["auto"], BeforeValidator(_check_threads)] = "auto"
     """Threads that decode the pictures of a batch and make pixels of them; `auto` tries several on the first batches
     and takes the fastest. It changes no pixel."""
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -117,12 +123,15 @@ class LoaderConfig(Config):
 
     @model_validator(mode="after")
     def _one_length(self) -> LoaderConfig:
+        wrong = []
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of `epochs` and `steps`")
+            wrong.append("give exactly one of `epochs` and `steps`")
         if self.micro_batch is None and self.micro_batch_tokens is None:
-            raise ValueError("give `micro_batch` (samples), `micro_batch_tokens`, or both")
+            wrong.append("give `micro_batch` (samples), `micro_batch_tokens`, or both")
         if self.micro_batch == "auto" and self.micro_batch_tokens is not None:
-            raise ValueError("`micro_batch: auto` finds `micro_batch_tokens`: give one of them")
+            wrong.append("`micro_batch: auto` finds `micro_batch_tokens`: give one of them")
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return self
 
 

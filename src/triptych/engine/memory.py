@@ -22,14 +22,19 @@ _INTERVAL = 0.003
 
 
 def check_limit(limit: object) -> object:
-    """Return a `memory_limit` as it is.
+    """Return a `memory_limit` as it is, or as a number where it is one in a text, as YAML reads `5e-1`.
 
     Raises:
         ValueError: it is neither a share above 0, at most 1, nor a size with a known unit.
     """
-    is_share = isinstance(limit, float | int) and not isinstance(limit, bool) and 0 < limit <= 1
-    if is_share or (isinstance(limit, str) and _size(limit)):
-        return limit
+    share = limit
+    if isinstance(limit, str):
+        if _size(limit):
+            return limit
+        with contextlib.suppress(ValueError):
+            share = float(limit)
+    if isinstance(share, float | int) and not isinstance(share, bool) and 0 < share <= 1:
+        return share
     raise ValueError(
         f"`{limit}` is neither a share of the memory, above 0 and at most 1, nor a size such as `6 GiB` "
         "(kB, MB, GB, TB, KiB, MiB, GiB, TiB)"

@@ -87,7 +87,8 @@ def find_room(scorer: nn.Module, runtime: Runtime, limit: float | str, keeps_mas
 
     Args:
         scorer: as `Runtime.wrap` returned it.
-        limit: `train.memory_limit`.
+        limit: `train.memory_limit`; a size above what is available counts as that, or passes would be tried that end
+            in an allocation failure.
         keeps_master: whether the optimizer holds bf16 weights in single precision, too (`bf16_weights: master`).
     """
     gradients = optimizer = 0
@@ -101,7 +102,7 @@ def find_room(scorer: nn.Module, runtime: Runtime, limit: float | str, keeps_mas
                 optimizer += 4 * local.numel()
     distributed.barrier()
     available = available_bytes(runtime.device)
-    least = -torch.tensor([available, limit_bytes(limit, available)], device=runtime.device)
+    least = -torch.tensor([available, min(limit_bytes(limit, available), available)], device=runtime.device)
     available, allowed = (-distributed.all_reduce_max(least)).tolist()
     return Room(available, allowed, gradients, optimizer)
 

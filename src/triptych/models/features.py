@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import threading
 import time
@@ -22,6 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from triptych.core.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 * 2**20
 """Features are written once this much has come together."""
@@ -38,11 +43,15 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path, limit_bytes: int | None = None, shard_bytes: int = SHARD_BYTES) -> None:
-        """Open the folder, which is made if absent; files that were cut off are removed.
+        """Open the folder, which is made if absent. Files that were cut off are removed, those that cannot be read are
+        left alone; both are said.
 
         Args:
             limit_bytes: nothing is added once the folder holds this much; what is there stays in use.
             shard_bytes: size of a file.
+
+        Raises:
+            DataError: the folder cannot be made or listed.
         """
         self._folder = folder
         self._limit = limit_bytes
@@ -53,13 +62,19 @@ class FeatureCache:
         self._waiting_bytes = 0
         self._lock = threading.RLock()
         self._bytes = 0
-        self._files: set[Path] = set()
-        folder.mkdir(parents=True, exist_ok=True)
-        for part in folder.glob("*.part"):
-            with suppress(FileNotFoundError):  # it has just become whole
-                if time.time() - part.stat().st_mtime > _ABANDONED:
-                    part.unlink()
-        self._look()
+        self._seen: set[Path] = set()
+        self._files: list[str] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(folder)
+            self._look()
+        except OSError as error:
+            raise _refusal(folder, "used", error) from error
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the whole files, in order."""
+        return sorted(self._files)
 
     @property
     def is_full(self) -> bool:
@@ -73,7 +88,11 @@ class FeatureCache:
         return len(self._places) + len(self._waiting)
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors of a picture, on the CPU, memory-mapped; None where it is not known."""
+        """The tensors of a picture, on the CPU, memory-mapped; None where it is not known.
+
+        Raises:
+            DataError: the file that held it is gone or damaged since it was looked at.
+        """
         with self._lock:
             if key in self._waiting:
                 return self._waiting[key]
@@ -81,11 +100,18 @@ class FeatureCache:
                 return None
             file, names = self._places[key]
             if file not in self._open:
-                self._open[file] = safe_open(file, framework="pt")
+                try:
+                    self._open[file] = safe_open(file, framework="pt")
+                except (SafetensorError, OSError) as error:
+                    raise _refusal(file, "read", error) from error
             return {name: self._open[file].get_tensor(f"{key}{_SEPARATOR}{name}") for name in names}
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Remember a picture; does nothing where it is known or the cache is full."""
+        """Remember a picture; does nothing where it is known or the cache is full.
+
+        Raises:
+            DataError: as `flush`.
+        """
         with self._lock:
             if key in self or self.is_full:
                 return
@@ -96,7 +122,11 @@ class FeatureCache:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is waiting."""
+        """Write what is waiting.
+
+        Raises:
+            DataError: it cannot be written.
+        """
         with self._lock:
             if self._waiting:
                 self._write()
@@ -113,33 +143,57 @@ class FeatureCache:
         }
         file = self._folder / f"{uuid.uuid4().hex}.safetensors"
         aside = file.with_suffix(".part")
-        with open(aside, "wb") as stream:
-            stream.write(save(joined))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, file)
+        try:
+            with open(aside, "wb") as stream:
+                stream.write(save(joined))
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(aside, file)
+        except OSError as error:
+            with suppress(OSError):
+                aside.unlink()
+            raise _refusal(self._folder, "written", error) from error
         self._waiting, self._waiting_bytes = {}, 0
         self._look()
 
     def _look(self) -> None:
         """Take in files that are new in the folder; the limit holds for those of all processes together."""
-        for file in sorted(set(self._folder.glob("*.safetensors")) - self._files):
-            self._files.add(file)
+        for file in sorted(set(self._folder.glob("*.safetensors")) - self._seen):
+            self._seen.add(file)
             self._bytes += self._index(file)
 
     def _index(self, file: Path) -> int:
         try:
             with safe_open(file, framework="pt") as stored:
                 names = list(stored.keys())
-        except (SafetensorError, OSError):
+        except FileNotFoundError:  # another process has just found it cut off
+            return 0
+        except OSError as error:  # it may be whole, and of use to others
+            logger.warning("%s cannot be read (%s): what it holds is computed again", file, error)
+            return 0
+        except SafetensorError as error:
+            logger.warning("%s is damaged (%s): it is removed, and what it held is computed again", file, error)
             file.unlink(missing_ok=True)
             return 0
+        self._files.append(file.name)
         for full in names:
             key, _, name = full.partition(_SEPARATOR)
             known = self._places.setdefault(key, (file, []))
             if known[0] == file:
                 known[1].append(name)
         return file.stat().st_size
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for part in folder.glob("*.part"):
+        with suppress(FileNotFoundError):  # it has just become whole
+            if time.time() - part.stat().st_mtime > _ABANDONED:
+                part.unlink()
+
+
+def _refusal(path: Path, done: str, error: Exception) -> DataError:
+    remedy = "see to its disk and rights, or choose another folder; then start the run again, which goes on"
+    return DataError(f"what is kept in {path} cannot be {done}: {error}", remedy=remedy)
 
 
 def tower_key(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -54,10 +55,28 @@ def cut_logprobs(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     Wijmans et al. 2024, arXiv 2411.09009. Its filter of small gradients is off: they are exact up to rounding.
 
     Raises:
-        ModelError: the head is not a plain linear layer without bias, or not on a CUDA device.
+        ModelError, ConfigError: as `find_cut_kernel`.
+    """
+    linear_cross_entropy = find_cut_kernel(head, hidden.device)
+    weight: Tensor = head.get_parameter("weight")
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    logprobs: Tensor = -linear_cross_entropy(hidden, weight, labels, reduction="none", filter_eps=None)
+    return logprobs
+
+
+def find_cut_kernel(head: nn.Module, device: torch.device) -> Callable[..., Tensor]:
+    """The kernel behind `cut_logprobs`.
+
+    Args:
+        device: where the head will be.
+
+    Raises:
+        ModelError: the head is not a plain linear layer without bias, or the device is not a CUDA device.
         ConfigError: the package is not installed.
     """
-    obstacle = _cut_obstacle(hidden, head)
+    obstacle = _cut_obstacle(head, device)
     if obstacle is not None:
         message = f"the head kernel `cut_cross_entropy` cannot be used: {obstacle}"
         raise ModelError(message, key="head_kernel", remedy="set `head_kernel: plain`")
@@ -67,17 +86,13 @@ def cut_logprobs(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
         message = f"the head kernel `cut_cross_entropy` cannot be loaded: {error}"
         remedy = "pip install cut-cross-entropy, or set `head_kernel: plain`"
         raise ConfigError(message, key="head_kernel", remedy=remedy) from error
-    weight: Tensor = head.get_parameter("weight")
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    logprobs: Tensor = -linear_cross_entropy(hidden, weight, labels, reduction="none", filter_eps=None)
-    return logprobs
+    kernel: Callable[..., Tensor] = linear_cross_entropy
+    return kernel
 
 
-def _cut_obstacle(hidden: Tensor, head: nn.Module) -> str | None:
-    if hidden.device.type != "cuda":
-        return f"it needs a CUDA device, and the model is on `{hidden.device.type}`"
+def _cut_obstacle(head: nn.Module, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it needs a CUDA device, and the model is on `{device.type}`"
     if type(head) is not nn.Linear or head.bias is not None:
         return f"the head is {type(head).__name__}, not a plain linear layer without bias"
     if isinstance(head.weight, DTensor):

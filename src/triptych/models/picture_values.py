@@ -50,10 +50,10 @@ class PictureValues:
         """
         if whole is None or picture.size == whole:
             return picture.resize(size, self._resample)
+        # The longer side tells by how much it was divided; that of a few pixels may fit several numbers.
+        factor = math.ceil(max(whole) / max(picture.size))
         # The last column and row of a reduced picture may stand for less than a full one.
-        sides = zip(whole, picture.size, strict=True)
-        width, height = (side / math.ceil(side / reduced) for side, reduced in sides)
-        return picture.resize(size, self._resample, box=(0, 0, width, height))
+        return picture.resize(size, self._resample, box=(0, 0, whole[0] / factor, whole[1] / factor))
 
     def normalise(self, picture: Image.Image) -> Tensor:
         """[3, H, W] of an RGB picture."""

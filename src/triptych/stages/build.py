@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -24,12 +24,15 @@ from triptych.engine.optim import build_optimizer
 from triptych.engine.parallel import Runtime, checkpointed_blocks
 from triptych.engine.schedules import multiplier
 from triptych.models.components import Components
+from triptych.models.logprobs import find_cut_kernel
 from triptych.models.tuning import TuningPlan
 from triptych.models.vision import VisionSide
-from triptych.stages.recipe import StageRecipe
+from triptych.stages.recipe import StageRecipe, VlmRecipe
 
 ROW_REPORT = "rows.jsonl"
 """File in the output folder that lists the rows a run left out."""
+HELD_OUT_DECODE: Literal["full"] = "full"
+"""`loader.decode` for held-out rows: what is measured does not depend on how training saves time."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,9 @@ def make_held_out_loader(
 ) -> Loader:
     """A source that yields every held-out row once, in a single window of light batches."""
     total = sum(len(item) for item in datasets)
-    config = LoaderConfig(global_batch=total, micro_batch=batch, epochs=1, prefetch=0, rows_per_picture=1)
+    config = LoaderConfig(
+        global_batch=total, micro_batch=batch, epochs=1, prefetch=0, rows_per_picture=1, decode=HELD_OUT_DECODE
+    )
     unweighted = Mixture([len(item) for item in datasets], [None] * len(datasets), 0)
     return Loader(datasets, unweighted, encode, pictures, config, (rank(), world_size()), store=store)
 
@@ -207,7 +212,7 @@ def preflight(recipe: StageRecipe, built: Built) -> None:
     """Make what only training needs, so that what it refuses is known before.
 
     Raises:
-        TriptychError: mixture, optimizer or schedule do not fit the recipe.
+        TriptychError: mixture, optimizer, schedule or kernel do not fit the recipe, the model or this machine.
     """
     if recipe.train.best and recipe.evaluation is None:
         message = f"`{recipe.train.best.metric}` is followed, but nothing evaluates it"
@@ -216,6 +221,9 @@ def preflight(recipe: StageRecipe, built: Built) -> None:
     build_optimizer(built.groups, recipe.train.optimizer, recipe.loader.global_batch)
     multiplier(recipe.train.schedule, 0, loader.total_windows)
     checkpointed_blocks(recipe.train.runtime.activation_checkpointing, len(built.blocks))
+    if isinstance(recipe, VlmRecipe) and recipe.head_kernel != "plain":
+        head = built.scorer.get_submodule("hf").get_output_embeddings()
+        find_cut_kernel(head, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def check_length(max_length: int, limit: int | None, part: str) -> None:

@@ -21,6 +21,7 @@ from triptych.engine.parallel import Runtime
 from triptych.models.features import FeatureCache, tower_key
 from triptych.models.vision import VisionSide, store_obstacle, tower_state
 from triptych.stages.build import Built
+from triptych.stages.locate import at_key
 from triptych.stages.recipe import StageRecipe, VlmRecipe
 
 DECISION = "features.json"
@@ -150,4 +151,5 @@ def _open(recipe: VlmRecipe, built: Built, runtime: Runtime) -> FeatureCache:
     key = tower_key(tower_state(built.scorer.hf, built.components), settings)
     config = recipe.features
     folder = Path(recipe.output) / "features" if config.folder is None else config.folder
-    return FeatureCache(folder / key, limit_bytes=round(config.limit_gib * 2**30))
+    with at_key("features.folder"):
+        return FeatureCache(folder / key, limit_bytes=round(config.limit_gib * 2**30))

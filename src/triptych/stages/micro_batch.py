@@ -22,7 +22,7 @@ from triptych.data.packing import Budget, Load
 from triptych.data.sharing import Tree, find_trees, plant
 from triptych.engine.checkpoint import Checkpoints
 from triptych.engine.lock import locked
-from triptych.engine.memory import gibibytes
+from triptych.engine.memory import gibibytes, limit_bytes
 from triptych.engine.micro_batch import (
     Meter,
     Point,
@@ -108,6 +108,9 @@ def settle_loader(
             _write(file, found)
         barrier()
     console.print(str(found), highlight=False, soft_wrap=True)
+    if limit_bytes(recipe.train.memory_limit, found.available) > found.limit:
+        words = f"train.memory_limit: {recipe.train.memory_limit} is more than is available, which is the limit instead"
+        console.print(words, highlight=False, soft_wrap=True)
     return settled(recipe.loader, found.tokens), found
 
 

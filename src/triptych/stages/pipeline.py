@@ -28,7 +28,7 @@ from triptych.core.config import (
 from triptych.core.distributed import is_main
 from triptych.core.errors import ConfigError, Problem
 from triptych.engine.checkpoint import EVALUATION, MAY_CHANGE
-from triptych.stages.build import Built, preflight, resolved
+from triptych.stages.build import Built, resolved
 from triptych.stages.evaluating import EvaluationRecipe, read_evaluation, run_evaluation
 from triptych.stages.locate import in_recipe
 from triptych.stages.recipe import StageRecipe
@@ -187,7 +187,7 @@ def _run(stage: Stage, dry_run: bool) -> None:
             run_evaluation(stage.recipe)
         return
     assert stage.build is not None
-    run_stage(stage.recipe, _checked(stage.build) if dry_run else stage.build, stage.tree, dry_run=dry_run)
+    run_stage(stage.recipe, stage.build, stage.tree, dry_run=dry_run)
 
 
 def write_contents(output: Path, stages: Sequence[Stage]) -> None:
@@ -245,15 +245,6 @@ def _read_stage(title: str, tree: ConfigTree, sources: tuple[Path, ...] = (), ab
         return Stage(title, tree, read_evaluation(tree), None, sources, about)
     schema, build = STAGES[find_stage(tree)]
     return Stage(title, tree, validate(schema, tree), build, sources, about)
-
-
-def _checked(build: Callable[..., Built]) -> Callable[[StageRecipe], Built]:
-    def checked(recipe: StageRecipe) -> Built:
-        built = build(recipe)
-        preflight(recipe, built)
-        return built
-
-    return checked
 
 
 def _stage_tree(pipeline: Pipeline, index: int, tree: ConfigTree) -> ConfigTree:

@@ -52,6 +52,8 @@ class PrecomputedReference:
     pictures: PictureProcessor
     settings: Mapping[str, Any]
     """What tokens and numbers depend on beside weights and rows: image processor, template, longest row."""
+    rows: str = "training rows"
+    """How messages name the rows."""
     _store: FeatureCache | None = field(default=None, init=False)
     _home: Path | None = field(default=None, init=False)
 
@@ -93,7 +95,7 @@ class PrecomputedReference:
         Args:
             scorer: as it is before training, not wrapped, on its device.
             datasets: all rows that will be encoded.
-            config: how rows are batched in training; bad rows are treated as there.
+            config: how rows are drawn in training, and their pictures decoded, where these are used.
             folder: where the numbers are kept, each model in a folder of its own.
         """
         settings = {
@@ -107,7 +109,8 @@ class PrecomputedReference:
         self._home = home
         store = FeatureCache(home)
         finished = home / f"{self._data_key(datasets)}.done"
-        if not broadcast_object(finished.is_file() if is_main() else None):  # all do the same, whatever each sees
+        # All do the same, whatever each sees.
+        if not broadcast_object(_is_whole(finished, store) if is_main() else None):
             for batch in self._batches(store, scorer, datasets, config, runtime, console):
                 with runtime.autocast():
                     logprobs = reference_logprobs(scorer, batch)
@@ -115,7 +118,7 @@ class PrecomputedReference:
             store.flush()
             barrier()
             if is_main():
-                finished.touch()
+                finished.write_text("\n".join(FeatureCache(home).files), encoding="utf-8")
         self._store = FeatureCache(home)
 
     def _batches(
@@ -137,7 +140,7 @@ class PrecomputedReference:
         loader = Loader(
             datasets, order, self.encode_plain, self.pictures, options, share, scorer.packs_trees, store_of_features
         )
-        title = "log-probabilities of the reference"
+        title = f"log-probabilities of the reference, {self.rows}"
         windows = track(loader.windows(), title, loader.total_windows, console=console, disable=not is_main())
         for window in windows:
             for batch in window.batches:
@@ -149,6 +152,11 @@ class PrecomputedReference:
         facts = [dataset.fingerprint() for dataset in datasets]
         text = json.dumps([facts, self.settings, world_size()], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _is_whole(finished: Path, store: FeatureCache) -> bool:
+    """Whether all was computed, and none of the files that it lists was lost since."""
+    return finished.is_file() and set(finished.read_text(encoding="utf-8").split()) <= set(store.files)
 
 
 def _put_rows(store: FeatureCache, batch: Batch, logprobs: Tensor) -> None:

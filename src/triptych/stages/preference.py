@@ -14,7 +14,7 @@ from triptych.evaluation.held_out import HeldOutLoss
 from triptych.models.reference import AdapterOffReference, FrozenReference
 from triptych.models.tuning import TuningPlan
 from triptych.objectives import build_objective
-from triptych.stages.build import Built, make_held_out_loader, open_datasets, pair_rows
+from triptych.stages.build import HELD_OUT_DECODE, Built, make_held_out_loader, open_datasets, pair_rows
 from triptych.stages.precompute import PrecomputedReference
 from triptych.stages.recipe import PreferenceRecipe, ReferenceKind
 from triptych.stages.vlm import Vlm, build_vlm, picture_settings, vlm_stage
@@ -29,24 +29,30 @@ def build_preference(recipe: PreferenceRecipe) -> Built:
     kind = reference_kind(recipe, vlm.plan, sum(len(item) for item in datasets))
     settings = {**picture_settings(vlm.loaded), "template": recipe.template, "max_length": recipe.max_length}
     known = PrecomputedReference(encode, vlm.loaded.pictures, settings)
+    # Of their own: their pictures are decoded whole, whatever training does.
+    known_held_out = PrecomputedReference(encode, vlm.loaded.pictures, settings, "held-out rows")
+    encode_held_out = encode
     if kind == "precomputed":
-        encode = known.encode
+        encode, encode_held_out = known.encode, known_held_out.encode
     reference = make_reference(kind, vlm)
 
     def prepare(runtime: Runtime, console: Console) -> None:
         if kind != "precomputed":
             return
-        held_out = [] if recipe.evaluation is None else open_datasets(recipe.evaluation.data)
         folder = Path(recipe.output) / "reference_logprobs"
         vlm.scorer.to(runtime.device)
-        known.prepare(vlm.scorer, [*datasets, *held_out], recipe.loader, folder, runtime, console)
+        known.prepare(vlm.scorer, datasets, recipe.loader, folder, runtime, console)
+        if recipe.evaluation is not None:
+            whole = recipe.loader.model_copy(update={"decode": HELD_OUT_DECODE})
+            held_out = open_datasets(recipe.evaluation.data)
+            known_held_out.prepare(vlm.scorer, held_out, whole, folder, runtime, console)
 
     def evaluators(scorer: nn.Module, runtime: Runtime) -> list[Evaluator]:
         if recipe.evaluation is None:
             return []
         held_out = open_datasets(recipe.evaluation.data)
         store = vlm.scorer.vision.store
-        source = make_held_out_loader(held_out, encode, vlm.loaded.pictures, recipe.evaluation.batch, store)
+        source = make_held_out_loader(held_out, encode_held_out, vlm.loaded.pictures, recipe.evaluation.batch, store)
         return [HeldOutLoss(scorer, objective, source, reference, runtime)]
 
     built = vlm_stage(

@@ -28,7 +28,7 @@ from triptych.engine.state import seed_everything
 from triptych.engine.trainer import Trainer
 from triptych.models.tuning import check_gradients
 from triptych.models.vlm import VlmScorer
-from triptych.stages.build import Built, resolved, settled, training_loader
+from triptych.stages.build import Built, preflight, resolved, settled, training_loader
 from triptych.stages.doctor import environment
 from triptych.stages.keeping import open_store
 from triptych.stages.micro_batch import PLANNED, Found, settle_loader
@@ -50,6 +50,7 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
         keep_memory()
     seed_everything(recipe.train.seed)
     built = build(recipe)
+    preflight(recipe, built)
     if dry_run:
         show_plan(recipe, built, console)
         step = Checkpoints(Path(recipe.output) / "checkpoints", resolved(recipe), recipe.train.keep_last).resumable()

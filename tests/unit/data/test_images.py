@@ -278,6 +278,21 @@ class TestDecodeReduced:
         expected = np.asarray(upright.reduce(2), np.float64)
         assert abs(expected - np.asarray(picture)).mean() < 6 < abs(expected - expected[::-1, ::-1]).mean()
 
+    @pytest.mark.parametrize("size", [(1281, 961), (1281, 960), (1280, 960)])
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_the_last_column_is_never_the_first_after_a_turn(self, orientation: int, size: tuple[int, int]) -> None:
+        """An eighth of 1,281 columns is 160 and one that stands for a single one."""
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        reference = encode(_photo(*size), "JPEG", exif=exif)
+        whole, (reduced, _) = decode(reference), decode_reduced(reference, lambda width, height: (112, 112))
+        factor = math.ceil(max(whole.size) / max(reduced.size))
+        assert factor > 1
+        box = (0, 0, whole.width / factor, whole.height / factor)
+        expected = np.asarray(whole.resize((112, 112), Image.Resampling.BICUBIC), np.float64)
+        found = np.asarray(reduced.resize((112, 112), Image.Resampling.BICUBIC, box))
+        assert abs(expected - found).mean() <= 1.5
+
     @pytest.mark.filterwarnings("ignore::UserWarning")
     @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
     def test_a_file_cut_anywhere_gives_all_its_pixels_or_an_error(self, kind: str) -> None:

@@ -165,6 +165,9 @@ def test_exactly_one_length_must_be_given() -> None:
         LoaderConfig(global_batch=1, micro_batch=1)
     with pytest.raises(ValidationError, match="exactly one of"):
         LoaderConfig(global_batch=1, micro_batch=1, epochs=1, steps=1)
+    with pytest.raises(ValidationError, match=r"exactly one of .*; `micro_batch: auto` finds") as caught:
+        LoaderConfig(global_batch=1, micro_batch="auto", micro_batch_tokens=3)
+    assert caught.value.error_count() == 1
 
 
 @pytest.mark.requirement("A-33")
@@ -263,6 +266,13 @@ def test_a_micro_batch_is_a_number_of_samples_or_auto(wrong: object) -> None:
     with pytest.raises(ValidationError, match="give one of them"):
         LoaderConfig(global_batch=1, epochs=1, micro_batch="auto", micro_batch_tokens=3)
     assert LoaderConfig(global_batch=1, epochs=1, micro_batch="auto").micro_batch == "auto"
+
+
+@pytest.mark.parametrize("wrong", [0, -3, True, "many", 2.5])
+def test_decoding_threads_are_a_number_or_auto(wrong: object) -> None:
+    with pytest.raises(ValidationError, match="neither a number of threads, 1 or more, nor `auto`") as caught:
+        LoaderConfig(global_batch=1, epochs=1, micro_batch=1, decode_threads=wrong)  # type: ignore[arg-type]
+    assert caught.value.error_count() == 1
 
 
 def test_how_rows_are_split_must_be_said_and_pictures_per_step_are_kept() -> None:

@@ -31,6 +31,10 @@ def test_shares_and_sizes(limit: float | str, expected: int) -> None:
     assert limit_bytes(limit, 1000) == expected
 
 
+def test_a_share_that_yaml_takes_for_a_text_is_a_share() -> None:
+    assert check_limit("5e-1") == 0.5
+
+
 @pytest.mark.parametrize(
     "limit", [0, -0.5, 1.5, 6, True, None, "6", "70 %", "six GiB", "0 GiB", "6 Gib/s", "-1 GiB", ""]
 )

@@ -260,6 +260,11 @@ def test_passes_leave_nothing_behind() -> None:
     assert torch.equal(torch.get_rng_state(), state["torch"])
 
 
+def test_a_limit_above_what_there_is_is_what_there_is() -> None:
+    found = find_room(KnownScorer(), runtime(), "900 TiB")
+    assert found.limit == found.available < 900 * 2**40
+
+
 def test_gradients_and_two_running_means_are_reserved() -> None:
     scorer = KnownScorer()
     found = find_room(scorer, runtime(), "1 GiB")

@@ -9,33 +9,35 @@ import pytest
 import torch
 from torch import nn
 
+from triptych.core.errors import DataError
+from triptych.models import features as features_module
 from triptych.models.features import FeatureCache, tower_key
 
 
-def features(number: int) -> dict[str, torch.Tensor]:
+def tensors(number: int) -> dict[str, torch.Tensor]:
     return {"states": torch.full((4, 8), float(number)), "grid": torch.tensor([1, number, 2])}
 
 
 def test_what_was_put_is_found_again_by_another_process(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "cache")
     for number in range(5):
-        cache.put(f"k{number}", features(number))
+        cache.put(f"k{number}", tensors(number))
     assert len(cache) == 5 and "k3" in cache and not list((tmp_path / "cache").iterdir())
-    torch.testing.assert_close(cache.get("k3"), features(3), rtol=0, atol=0)
+    torch.testing.assert_close(cache.get("k3"), tensors(3), rtol=0, atol=0)
     cache.flush()
     for again in (cache, FeatureCache(tmp_path / "cache")):
         assert len(again) == 5 and again.get("k9") is None
         for number in range(5):
-            torch.testing.assert_close(again.get(f"k{number}"), features(number), rtol=0, atol=0)
+            torch.testing.assert_close(again.get(f"k{number}"), tensors(number), rtol=0, atol=0)
 
 
 def test_a_file_is_written_when_enough_has_come_together_and_nothing_twice(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, shard_bytes=2 * (4 * 8 * 4 + 3 * 8))
     for number in (0, 1, 1, 0, 2):
-        cache.put(f"k{number}", features(number))
+        cache.put(f"k{number}", tensors(number))
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 and len(cache) == 3
-    cache.put("k0", features(9))
-    torch.testing.assert_close(cache.get("k0"), features(0), rtol=0, atol=0)
+    cache.put("k0", tensors(9))
+    torch.testing.assert_close(cache.get("k0"), tensors(0), rtol=0, atol=0)
 
 
 def test_types_are_kept_and_later_changes_do_not_reach_the_cache(tmp_path: Path) -> None:
@@ -51,7 +53,7 @@ def test_types_are_kept_and_later_changes_do_not_reach_the_cache(tmp_path: Path)
 def test_a_file_that_was_cut_off_costs_only_what_it_held(tmp_path: Path) -> None:
     for number in range(2):
         cache = FeatureCache(tmp_path)
-        cache.put(f"k{number}", features(number))
+        cache.put(f"k{number}", tensors(number))
         cache.flush()
     first = FeatureCache(tmp_path)
     broken = next(file for file in tmp_path.glob("*.safetensors") if b"k0/" in file.read_bytes())
@@ -61,36 +63,82 @@ def test_a_file_that_was_cut_off_costs_only_what_it_held(tmp_path: Path) -> None
     assert "k0" not in cache and "k1" in cache and not broken.exists()
 
 
+def test_a_file_that_may_not_be_read_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.put("k", tensors(1))
+    cache.flush()
+
+    def refuse(file: Path, **options: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(features_module, "safe_open", refuse)
+    assert "k" not in FeatureCache(tmp_path) and "cannot be read" in caplog.text
+    with pytest.raises(DataError, match=r"cannot be read: .*Permission denied"):
+        cache.get("k")
+    monkeypatch.undo()
+    assert "k" in FeatureCache(tmp_path)
+
+
+def test_a_folder_that_cannot_be_used_or_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/tower cannot be used: .*Not a directory"):
+        FeatureCache(tmp_path / "file" / "tower")
+    cache = FeatureCache(tmp_path / "full")
+    cache.put("k", tensors(1))
+
+    def refuse(stream: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features_module.os, "fsync", refuse)
+    with pytest.raises(DataError, match=r"full cannot be written: .*No space left"):
+        cache.flush()
+    assert not list((tmp_path / "full").iterdir())
+
+
+def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.put("k", tensors(1))
+    cache.flush()
+    (file,) = tmp_path.iterdir()
+    assert cache.files == [file.name]
+    file.unlink()
+    with pytest.raises(DataError, match=f"{file.name} cannot be read") as caught:
+        cache.get("k")
+    assert "start the run again" in str(caught.value)
+
+
 def test_the_limit_is_kept(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, limit_bytes=600, shard_bytes=300)
     for number in range(50):
-        cache.put(f"k{number}", features(number))
+        cache.put(f"k{number}", tensors(number))
     cache.flush()
     assert cache.is_full and 2 <= len(cache) < 10
     again = FeatureCache(tmp_path, limit_bytes=600)
-    again.put("new", features(1))
+    again.put("new", tensors(1))
     assert "new" not in again and "k0" in again
 
 
 def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     one, two = FeatureCache(tmp_path), FeatureCache(tmp_path)
-    one.put("a", features(1))
-    two.put("a", features(1))
-    two.put("b", features(2))
+    one.put("a", tensors(1))
+    two.put("a", tensors(1))
+    two.put("b", tensors(2))
     one.flush()
     two.flush()
     again = FeatureCache(tmp_path)
     assert len(again) == 2
-    torch.testing.assert_close(again.get("b"), features(2), rtol=0, atol=0)
+    torch.testing.assert_close(again.get("b"), tensors(2), rtol=0, atol=0)
 
 
 def test_what_others_wrote_is_seen_after_the_next_file_of_ones_own(tmp_path: Path) -> None:
     first, second = FeatureCache(tmp_path, limit_bytes=10_000), FeatureCache(tmp_path, limit_bytes=10_000)
     for number in range(5):
-        second.put(f"k{number}", features(number))
+        second.put(f"k{number}", tensors(number))
     second.flush()
     assert "k3" not in first
-    first.put("own", features(9))
+    first.put("own", tensors(9))
     first.flush()
     assert "k3" in first and len(first) == 6 and not first.is_full
     held = sum(file.stat().st_size for file in tmp_path.iterdir())

@@ -137,10 +137,9 @@ def test_the_cut_kernel_is_refused_where_it_would_not_work(monkeypatch: pytest.M
     hidden, labels = torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ModelError, match="needs a CUDA device, and the model is on `cpu`"):
         cut_logprobs(hidden, labels, nn.Linear(4, 5, bias=False))
-    on_cuda = SimpleNamespace(device=torch.device("cuda"))
-    assert logprobs._cut_obstacle(on_cuda, nn.Linear(4, 5, bias=False)) is None  # type: ignore[arg-type]
-    assert "without bias" in str(logprobs._cut_obstacle(on_cuda, nn.Linear(4, 5)))  # type: ignore[arg-type]
-    monkeypatch.setattr(logprobs, "_cut_obstacle", lambda hidden, head: None)
+    assert logprobs._cut_obstacle(nn.Linear(4, 5, bias=False), torch.device("cuda")) is None
+    assert "without bias" in str(logprobs._cut_obstacle(nn.Linear(4, 5), torch.device("cuda")))
+    monkeypatch.setattr(logprobs, "_cut_obstacle", lambda head, device: None)
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)
     with pytest.raises(ConfigError, match="cannot be loaded") as caught:
         cut_logprobs(hidden, labels, nn.Linear(4, 5, bias=False))
@@ -154,7 +153,7 @@ def test_the_cut_kernel_is_asked_for_exact_gradients_of_each_position(monkeypatc
         asked.update(options, types={hidden.dtype, weight.dtype})
         return nn.functional.cross_entropy((hidden @ weight.T).float(), labels, reduction="none")
 
-    monkeypatch.setattr(logprobs, "_cut_obstacle", lambda hidden, head: None)
+    monkeypatch.setattr(logprobs, "_cut_obstacle", lambda head, device: None)
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", SimpleNamespace(linear_cross_entropy=linear_cross_entropy))
     torch.manual_seed(0)
     head, hidden, labels = nn.Linear(4, 5, bias=False), torch.randn(3, 4), torch.tensor([0, 4, 2])

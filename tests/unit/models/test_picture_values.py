@@ -93,6 +93,19 @@ def test_a_reduced_picture_is_resized_by_what_its_last_column_stands_for() -> No
     assert error(values.resize(reduced, (10, 1), ramp.size)) < 1 < 2 < error(values.resize(reduced, (10, 1)))
 
 
+def test_a_thin_picture_was_divided_by_the_same_number_both_ways() -> None:
+    """33 rows become 5 through 1/7 and through 1/8; that it was 1/8 only the 1,000 columns tell."""
+    values = PictureValues(SiglipImageProcessorPil())
+    ramp = Image.new("RGB", (1000, 33))
+    for row in range(33):
+        ramp.paste((7 * row,) * 3, (0, row, 1000, row + 1))
+    reduced = ramp.reduce(8)
+    assert reduced.size == (125, 5)
+    whole, found = (values.resize(*given) for given in ((ramp, (9, 3)), (reduced, (9, 3), ramp.size)))
+    rows = [[item.getpixel((4, row))[0] for row in range(3)] for item in (whole, found)]  # type: ignore[index]
+    assert rows[1] == pytest.approx(rows[0], abs=6)
+
+
 def test_agreement_is_bit_for_bit_and_by_name() -> None:
     def ours(picture: Image.Image, size: tuple[int, int]) -> dict[str, torch.Tensor]:
         return {"a": torch.tensor([float(picture.width)])}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.commands import triptych, write
 from tests.recipes.tiny_recipes import Files, contrastive, preference, tune
@@ -36,6 +37,17 @@ def test_every_broken_row_is_named_and_the_exit_status_is_1(files: Files, tmp_pa
     assert "rows.jsonl:3" in out and "empty" in out
     assert "rows.jsonl:4" in out and "more than max_length 128" in out
     assert "3 errors" in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel works on a CUDA device")
+def test_a_kernel_that_this_machine_cannot_run_is_refused_before_anything_runs(files: Files, tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "recipe.yaml", {"output": str(tmp_path / "run"), **tune(files)}, head_kernel="cut_cross_entropy"
+    )
+    for command in (["check", file], ["train", file, "--dry-run"], ["train", file]):
+        done = triptych(*command)
+        assert done.status == 1 and "head_kernel" in done.err and "needs a CUDA device" in done.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_files_that_cannot_be_opened_are_reported_together(files: Files, tmp_path: Path) -> None:

@@ -122,6 +122,13 @@ def test_a_run_resumes_with_the_number_it_began_with(
     assert a_mebibyte_a_token
 
 
+def test_a_limit_above_what_there_is_is_said(files: Files, tmp_path: Path, a_mebibyte_a_token: list[int]) -> None:
+    done = train(recipe(files, tmp_path), "train.memory_limit=900 TiB")
+    assert "train.memory_limit: 900 TiB is more than is available, which is the limit instead" in done.out
+    found = json.loads((tmp_path / "run" / "micro_batch.json").read_text())
+    assert found["limit"] == found["available"]
+
+
 def test_a_run_that_another_process_has_begun_keeps_its_number(
     files: Files, tmp_path: Path, a_mebibyte_a_token: list[int]
 ) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.commands import read_recipe, triptych, write
 from tests.recipes.tiny_recipes import Files, preference
+from tests.tiny import noise
 from triptych.core.errors import ModelError
 from triptych.data.collate import collate
 from triptych.data.images import decode
@@ -155,6 +156,37 @@ def test_what_is_known_is_not_computed_again_and_another_model_is(
     next(vlm.loaded.model.parameters()).data.add_(0.1)
     _prepare(known, vlm, datasets, loader, tmp_path)
     assert sum(rows) == 4 * len(datasets[0])
+
+
+def test_what_a_damaged_file_held_is_computed_again(
+    files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known, vlm, datasets, loader = _reference(files, tmp_path)
+    _prepare(known, vlm, datasets, loader, tmp_path / "numbers")
+    sample = datasets[0].sample(3)
+    before = known.encode(sample).branches[0].token_values[REFERENCE_LOGPROBS].clone()
+    (kept,) = (tmp_path / "numbers").glob("*/*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-9])  # the mark that all was computed is still there
+    _prepare(known, vlm, datasets, loader, tmp_path / "numbers")
+    assert torch.equal(known.encode(sample).branches[0].token_values[REFERENCE_LOGPROBS], before)
+    assert not kept.exists() and f"{kept.name} is damaged" in caplog.text
+
+
+def test_held_out_rows_are_scored_with_the_pictures_they_are_evaluated_with(files: Files, tmp_path: Path) -> None:
+    """Training decodes smaller pictures; before the first step policy and reference must agree all the same."""
+    rows = json.loads((files.data / "pairs.json").read_text())[:8]
+    for number, row in enumerate(rows):
+        noise(259, 197, seed=number).save(tmp_path / f"{number}.jpg")
+        row["images"] = [f"{number}.jpg"]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    data = [{"format": "preference", "path": str(tmp_path / "pairs.json"), "images": str(tmp_path)}]
+    loader = {"global_batch": 8, "micro_batch": 8, "epochs": 1, "decode": "draft"}
+    file = recipe(files, tmp_path, data=data, loader=loader, evaluation={"data": data}, lr=1e-30)
+    done = triptych("train", file, "reference=precomputed")
+    assert done.status == 0, done.err
+    measured = json.loads((tmp_path / "run" / "finished.json").read_text())["evaluation"]
+    margins = [value for name, value in measured.items() if name.endswith("reward_margin")]
+    assert margins == [pytest.approx(0, abs=1e-6)]
 
 
 def test_a_row_that_changed_since_is_refused(files: Files, tmp_path: Path) -> None:
