@@ -23,34 +23,40 @@ from benchmarks import record, scaling
 from benchmarks.models import SCALES
 from benchmarks.process import COMMAND, Remote, serve
 from benchmarks.row import Setting
-from benchmarks.table import COMPILED, OTHER_REPEATS, PLAIN, REPEATS, ROWS, TARGETS
+from benchmarks.table import BESIDE, COMPILED, OTHER_REPEATS, PLAIN, REPEATS, ROWS, TARGETS
 from benchmarks.timing import Timing, interleave
 from triptych.engine.allocator import LARGE_PAGES, keep_memory
 
 WAYS = ("ours", "peer")
 SCALING = "scaling"
 """Beside the names of rows: how time and memory grow."""
+ALL_BESIDE = "beside"
+"""Stands for `BESIDE`."""
+WHOLE = [*(name for name in ROWS if name not in BESIDE), SCALING]
+"""What is measured unless something is named."""
 
 
 def main() -> int:
-    """Measure all rows and the scaling, or what is named; 1 where something failed."""
+    """Measure the rows with a target and the scaling, or what is named; 1 where something failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "rows",
         nargs="*",
         metavar="row",
         help=f"what to measure, such as dpo_196, or dpo_196@360m for models of another size ({', '.join(SCALES)}; "
-        f"without one 135m on CPUs and 360m on GPUs); default: all of {', '.join([*ROWS, SCALING])}",
+        f"without one 135m on CPUs and 360m on GPUs); {ALL_BESIDE} stands for {', '.join(BESIDE)}; default: "
+        f"{', '.join(WHOLE)}",
     )
     parser.add_argument("--repeats", type=int, help="timed turns of each way; default: the row's own number")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    unknown = [name for name in arguments.rows if name not in known_rows()]
+    names = [row for name in arguments.rows for row in (BESIDE if name == ALL_BESIDE else [name])]
+    unknown = [name for name in names if name not in known_rows()]
     if unknown:
-        parser.error(f"there is no row {', '.join(unknown)}; there are {', '.join([*ROWS, SCALING])}")
+        parser.error(f"there is no row {', '.join(unknown)}; there are {', '.join([*ROWS, SCALING, ALL_BESIDE])}")
     if arguments.way:
-        be(arguments.way, arguments.rows[0])
+        be(arguments.way, names[0])
         return 0
     if arguments.one:
         print(json.dumps(scaling.measure(Setting(bf16=has_bf16(), device=device()))))
@@ -60,7 +66,7 @@ def main() -> int:
         return _measure_scaling() if name == SCALING else measure(name, arguments.repeats)
 
     folder = record.ON_CUDA if device().type == "cuda" else record.FOLDER
-    return run(arguments.rows or [*ROWS, SCALING], measure_one, folder)
+    return run(names or WHOLE, measure_one, folder)
 
 
 def run(names: Sequence[str], measure_one: Callable[[str], Any], folder: Path = record.FOLDER) -> int:

@@ -54,8 +54,9 @@ epochs of a run. `dpo_196_one_epoch` has it in every step, as a run of a single 
 `python -m benchmarks.products`, attention left out): what would be won if products were all there is. On CPUs without
 bf16 they are three quarters of a step.
 
-Run it with `make bench`, or `make bench ARGUMENTS="sft_full_196 scaling"` for a part: rows that are not measured keep
-their figures. Leave the machine alone meanwhile.
+Run it with `make bench`, which leaves out the rows without a target (`make bench ARGUMENTS=beside`), or with names for a
+part (`make bench ARGUMENTS="sft_full_196 scaling"`): rows that are not measured keep their figures. Leave the machine
+alone meanwhile.
 """
 
 
@@ -95,7 +96,7 @@ def page(result: Result, more: Sequence[str] = (), operations: Mapping[str, Resu
     parts = [INTRODUCTION, _machines([*rows, *points])]
     if rows:
         parts += [_verdict(rows), _table(rows, operations), _image("ratios", "Times as fast as the peer, row by row")]
-        parts.append(_image("memory", "The peer's added memory over ours, row by row"))
+        parts += [_image("memory", "The peer's added memory over ours, row by row"), _minutes(rows, points)]
     if failed := result.get("failed"):
         lines = [f"- `{item['name']}`: {item['error']}" for item in failed]
         parts.append("\n".join(["**Failed, and so without figures:**", "", *lines, ""]))
@@ -181,6 +182,18 @@ def _verdict(rows: Sequence[Result]) -> str:
         f"- Targets are missed in: {', '.join(missed) or 'no row'}.",
     ]
     return "\n".join(["## The table", "", *lines, ""])
+
+
+def _minutes(rows: Sequence[Result], points: Sequence[Result]) -> str:
+    """How long measuring took."""
+    distinct = {tuple(item[axis] for axis in AXES): item.get("seconds", 0) for item in points}
+    parts = (
+        ("rows with a target", sum(row.get("seconds", 0) for row in rows if row.get("target_ratio"))),
+        ("other rows", sum(row.get("seconds", 0) for row in rows if not row.get("target_ratio"))),
+        ("how it grows", sum(distinct.values())),
+    )
+    known = [f"{seconds / 60:.0f} minutes for {name}" for name, seconds in parts if seconds]
+    return f"Measured in {', '.join(known)}.\n" if known else ""
 
 
 def _products(name: str, operations: Mapping[str, Result]) -> str:

@@ -102,7 +102,8 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
         if point not in known:
             start = time.monotonic()
             known[point] = _measure(point, setting)
-            _say(axis, point, known[point], time.monotonic() - start)
+            known[point]["seconds"] = round(time.monotonic() - start)
+            _say(axis, point, known[point])
         points.append({"axis": axis, **asdict(point), **known[point]})
     return points
 
@@ -126,7 +127,7 @@ def _measure(point: Point, setting: Setting) -> dict[str, Any]:
     }
 
 
-def _say(axis: str, point: Point, found: Mapping[str, Any], seconds: float) -> None:
+def _say(axis: str, point: Point, found: Mapping[str, Any]) -> None:
     value = asdict(point)[axis]
-    text = f"{axis} {value}: {found['ours']:.3f} s against {found['peer']:.3f} s, measured in {seconds:.0f} s"
+    text = f"{axis} {value}: {found['ours']:.3f} s against {found['peer']:.3f} s, measured in {found['seconds']} s"
     print(text, file=sys.stderr, flush=True)
