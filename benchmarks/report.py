@@ -54,8 +54,8 @@ epochs of a run. `dpo_196_one_epoch` has it in every step, as a run of a single 
 `python -m benchmarks.products`, attention left out): what would be won if products were all there is. On CPUs without
 bf16 they are three quarters of a step.
 
-Run it with `make bench`, which leaves out the rows without a target (`make bench ARGUMENTS=beside`), or with names for a
-part (`make bench ARGUMENTS="sft_full_196 scaling"`): rows that are not measured keep their figures. Leave the machine
+Run it with `make bench`, which leaves out the rows without a target (`make bench ARGUMENTS=beside`), or with names for
+a part (`make bench ARGUMENTS="sft_full_196 scaling"`): rows that are not measured keep their figures. Leave the machine
 alone meanwhile.
 """
 
