@@ -222,8 +222,8 @@ def preflight(recipe: StageRecipe, built: Built) -> None:
     multiplier(recipe.train.schedule, 0, loader.total_windows)
     checkpointed_blocks(recipe.train.runtime.activation_checkpointing, len(built.blocks))
     if isinstance(recipe, VlmRecipe) and recipe.head_kernel != "plain":
-        head = built.scorer.get_submodule("hf").get_output_embeddings()
-        find_cut_kernel(head, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        hf: Any = built.scorer.hf
+        find_cut_kernel(hf.get_output_embeddings(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def check_length(max_length: int, limit: int | None, part: str) -> None:
