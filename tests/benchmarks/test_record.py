@@ -94,6 +94,18 @@ def test_a_row_says_what_it_should_reach_and_of_what_kind_its_peer_is() -> None:
     assert other["compiled"] and other["target_ratio"] is None and other["memory_ratio"] is None
 
 
+def test_a_whole_run_leaves_out_the_rows_beside_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(command, "run", lambda names, *rest: asked.extend(names) or 0)
+    for arguments, expected in (
+        ([], [*TARGETS, command.SCALING]),
+        (["beside", "dpo_196"], [*(name for name in ROWS if name not in TARGETS), "dpo_196"]),
+    ):
+        asked.clear()
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+        assert command.main() == 0 and asked == expected
+
+
 def test_slow_rows_exist_and_are_measured_twice_at_least() -> None:
     assert set(OTHER_REPEATS) <= set(ROWS) and min(OTHER_REPEATS.values()) >= 2
     known = [name for name in TARGETS if name in ROWS]

@@ -94,6 +94,16 @@ def test_a_peer_that_is_ahead_and_a_missed_target_are_marked() -> None:
     assert "- `broken`: exit status -9" in page
 
 
+def test_how_long_measuring_took_counts_a_point_on_two_axes_once() -> None:
+    rows = [{**row, "seconds": 60 * number} for number, row in enumerate(RESULT["rows"], 1)]
+    points = [{**item, "seconds": 120} for item in RESULT["scaling"]]
+    distinct = len({tuple(item[axis] for axis in report.AXES) for item in points})
+    assert distinct < len(points)
+    page = report.page({**RESULT, "rows": rows, "scaling": points})
+    assert f"Measured in 6 minutes for rows with a target, {2 * distinct} minutes for how it grows." in page
+    assert "Measured in" not in report.page(RESULT)
+
+
 def test_the_machine_is_named_with_the_rows_that_ran_there() -> None:
     page = report.page(RESULT)
     assert f"- {MACHINE}; 2026-01-02: `fast`, `slow`, how it grows" in page

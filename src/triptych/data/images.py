@@ -37,6 +37,8 @@ Image.init()
 _FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # AVIF and others depend on Pillow's build
 _DRAFTED = ("JPEG", "MPO")
 _ROTATED = frozenset({5, 6, 7, 8})
+_END_FIRST = frozenset({2, 3, 4, 6, 7, 8})
+"""EXIF orientations that bring the last column or row to the front."""
 _MOST_DRAFTED = 8
 """The most that sides of JPEGs are divided by as they are decoded; the others, 2 and 4, divide it."""
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
@@ -142,7 +144,9 @@ def decode_reduced(
         stored = image.size
         whole = stored[::-1] if is_turned else stored
         # What stands for less than a full square must come last, and a turn may bring it to the front.
-        if image.format in _DRAFTED and (orientation == 1 or all(side % _MOST_DRAFTED == 0 for side in stored)):
+        if image.format in _DRAFTED and (
+            orientation not in _END_FIRST or all(side % _MOST_DRAFTED == 0 for side in stored)
+        ):
             least = _least_size(wanted_size, whole, DRAFT_MARGIN)
             image.draft(None, least[::-1] if is_turned else least)
         image.load()

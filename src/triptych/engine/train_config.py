@@ -32,7 +32,8 @@ class TrainConfig(Config):
     """Precision and parallelism."""
     memory_limit: Annotated[float | str, BeforeValidator(check_limit)] = 0.7
     """What `loader.micro_batch: auto` may let a step add to the memory of the loaded model, gradients and optimizer
-    state included: a share of what is available on the device when the run begins, or a size such as `6 GiB`."""
+    state included: a share of what is available on the device when the run begins, or a size such as `6 GiB`, at most
+    what is available."""
     save_every: int | None = Field(default=500, ge=1)
     """Steps between two checkpoints; null saves at the end (and the best) only."""
     keep_last: int = Field(default=3, ge=1)

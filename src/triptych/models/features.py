@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from triptych.core.errors import DataError
+from triptych.core.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: Path, limit_bytes: int | None = None, shard_bytes: int = SHARD_BYTES) -> None:
-        """Open the folder, which is made if absent. Files that were cut off are removed, those that cannot be read are
+        """Open the folder, which is made if absent. Files that were cut off are removed, those that may not be read are
         left alone; both are said.
 
         Args:
@@ -51,7 +51,7 @@ class FeatureCache:
             shard_bytes: size of a file.
 
         Raises:
-            DataError: the folder cannot be made or listed.
+            ModelError: the folder cannot be made or listed.
         """
         self._folder = folder
         self._limit = limit_bytes
@@ -91,7 +91,7 @@ class FeatureCache:
         """The tensors of a picture, on the CPU, memory-mapped; None where it is not known.
 
         Raises:
-            DataError: the file that held it is gone or damaged since it was looked at.
+            ModelError: the file that held it is gone or damaged since it was looked at.
         """
         with self._lock:
             if key in self._waiting:
@@ -101,7 +101,7 @@ class FeatureCache:
             file, names = self._places[key]
             if file not in self._open:
                 try:
-                    self._open[file] = safe_open(file, framework="pt")
+                    self._open[file] = _open(file)
                 except (SafetensorError, OSError) as error:
                     raise _refusal(file, "read", error) from error
             return {name: self._open[file].get_tensor(f"{key}{_SEPARATOR}{name}") for name in names}
@@ -110,7 +110,7 @@ class FeatureCache:
         """Remember a picture; does nothing where it is known or the cache is full.
 
         Raises:
-            DataError: as `flush`.
+            ModelError: as `flush`.
         """
         with self._lock:
             if key in self or self.is_full:
@@ -125,7 +125,7 @@ class FeatureCache:
         """Write what is waiting.
 
         Raises:
-            DataError: it cannot be written.
+            ModelError: it cannot be written.
         """
         with self._lock:
             if self._waiting:
@@ -164,7 +164,7 @@ class FeatureCache:
 
     def _index(self, file: Path) -> int:
         try:
-            with safe_open(file, framework="pt") as stored:
+            with _open(file) as stored:
                 names = list(stored.keys())
         except FileNotFoundError:  # another process has just found it cut off
             return 0
@@ -172,8 +172,8 @@ class FeatureCache:
             logger.warning("%s cannot be read (%s): what it holds is computed again", file, error)
             return 0
         except SafetensorError as error:
-            logger.warning("%s is damaged (%s): it is removed, and what it held is computed again", file, error)
-            file.unlink(missing_ok=True)
+            logger.warning("%s is damaged (%s): what it held is computed again", file, error)
+            _remove(file)
             return 0
         self._files.append(file.name)
         for full in names:
@@ -188,12 +188,26 @@ def _remove_abandoned(folder: Path) -> None:
     for part in folder.glob("*.part"):
         with suppress(FileNotFoundError):  # it has just become whole
             if time.time() - part.stat().st_mtime > _ABANDONED:
-                part.unlink()
+                _remove(part)
 
 
-def _refusal(path: Path, done: str, error: Exception) -> DataError:
+def _remove(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:  # it is another user's
+        logger.warning("%s cannot be removed: %s", file, error)
+
+
+def _open(file: Path) -> Any:
+    with open(file, "rb"):  # safetensors calls every failure "No such file"
+        pass
+    return safe_open(file, framework="pt")
+
+
+def _refusal(path: Path, done: str, error: Exception) -> ModelError:
     remedy = "see to its disk and rights, or choose another folder; then start the run again, which goes on"
-    return DataError(f"what is kept in {path} cannot be {done}: {error}", remedy=remedy)
+    # Not a DataError: no row is at fault, and none may be left out for it.
+    return ModelError(f"what is kept in {path} cannot be {done}: {error}", remedy=remedy)
 
 
 def tower_key(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:

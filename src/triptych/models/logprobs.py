@@ -66,20 +66,29 @@ def cut_logprobs(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     return logprobs
 
 
-def find_cut_kernel(head: nn.Module, device: torch.device) -> Callable[..., Tensor]:
-    """The kernel behind `cut_logprobs`.
+def check_cut_kernel(head: nn.Module, device: torch.device) -> None:
+    """Whether `cut_logprobs` works with a head.
 
     Args:
         device: where the head will be.
 
     Raises:
         ModelError: the head is not a plain linear layer without bias, or the device is not a CUDA device.
-        ConfigError: the package is not installed.
     """
     obstacle = _cut_obstacle(head, device)
     if obstacle is not None:
         message = f"the head kernel `cut_cross_entropy` cannot be used: {obstacle}"
         raise ModelError(message, key="head_kernel", remedy="set `head_kernel: plain`")
+
+
+def find_cut_kernel(head: nn.Module, device: torch.device) -> Callable[..., Tensor]:
+    """The kernel behind `cut_logprobs`.
+
+    Raises:
+        ModelError: as `check_cut_kernel`.
+        ConfigError: the package is not installed.
+    """
+    check_cut_kernel(head, device)
     try:
         from cut_cross_entropy import linear_cross_entropy
     except ImportError as error:

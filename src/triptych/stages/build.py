@@ -24,7 +24,7 @@ from triptych.engine.optim import build_optimizer
 from triptych.engine.parallel import Runtime, checkpointed_blocks
 from triptych.engine.schedules import multiplier
 from triptych.models.components import Components
-from triptych.models.logprobs import find_cut_kernel
+from triptych.models.logprobs import check_cut_kernel, find_cut_kernel
 from triptych.models.tuning import TuningPlan
 from triptych.models.vision import VisionSide
 from triptych.stages.recipe import StageRecipe, VlmRecipe
@@ -208,11 +208,14 @@ def pair_rows(encode: Callable[[Sample], Example]) -> Callable[[Sample], Example
     return checked
 
 
-def preflight(recipe: StageRecipe, built: Built) -> None:
+def preflight(recipe: StageRecipe, built: Built, device: torch.device | None = None) -> None:
     """Make what only training needs, so that what it refuses is known before.
 
+    Args:
+        device: where the training runs; None where that may be another machine.
+
     Raises:
-        TriptychError: mixture, optimizer, schedule or kernel do not fit the recipe, the model or this machine.
+        TriptychError: mixture, optimizer, schedule or kernel do not fit the recipe, the model or the device.
     """
     if recipe.train.best and recipe.evaluation is None:
         message = f"`{recipe.train.best.metric}` is followed, but nothing evaluates it"
@@ -221,9 +224,13 @@ def preflight(recipe: StageRecipe, built: Built) -> None:
     build_optimizer(built.groups, recipe.train.optimizer, recipe.loader.global_batch)
     multiplier(recipe.train.schedule, 0, loader.total_windows)
     checkpointed_blocks(recipe.train.runtime.activation_checkpointing, len(built.blocks))
-    if isinstance(recipe, VlmRecipe) and recipe.head_kernel != "plain":
-        hf: Any = built.scorer.hf
-        find_cut_kernel(hf.get_output_embeddings(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    scorer: Any = built.scorer
+    if isinstance(recipe, VlmRecipe) and recipe.head_kernel != "plain" and "token_logprobs" in scorer.needs:
+        head = scorer.hf.get_output_embeddings()
+        if device is None:
+            check_cut_kernel(head, torch.device("cuda"))
+        else:
+            find_cut_kernel(head, device)
 
 
 def check_length(max_length: int, limit: int | None, part: str) -> None:

@@ -291,6 +291,7 @@ def _no_room(row: Tree, packed: bool, room: Room, error: TooLargeError | None) -
         how = "measured" if error.is_measured else "estimated from shorter ones"
         parts.insert(0, f"its pass {gibibytes(error.added)} ({how})")
     total = room.reserved + (error.added if error else 0)
+    may_rise = room.limit < room.available
     most = f"{gibibytes(room.limit)} of the {gibibytes(room.available)} that are available"
     return TrainingError(
         Problem(
@@ -298,7 +299,7 @@ def _no_room(row: Tree, packed: bool, room: Room, error: TooLargeError | None) -
             f"{', '.join(parts)}; `train.memory_limit` allows {most}",
             key="train.memory_limit",
             remedy="train with `method: lora`, set `train.runtime.activation_checkpointing: true`, make rows shorter "
-            "(`max_length`, smaller pictures), free memory, or raise the limit",
+            f"(`max_length`, smaller pictures), {'free memory, or raise the limit' if may_rise else 'or free memory'}",
         )
     )
 

@@ -156,7 +156,8 @@ class PrecomputedReference:
 
 def _is_whole(finished: Path, store: FeatureCache) -> bool:
     """Whether all was computed, and none of the files that it lists was lost since."""
-    return finished.is_file() and set(finished.read_text(encoding="utf-8").split()) <= set(store.files)
+    files = finished.read_text(encoding="utf-8").split() if finished.is_file() else []
+    return bool(files) and set(files) <= set(store.files)  # earlier versions listed none
 
 
 def _put_rows(store: FeatureCache, batch: Batch, logprobs: Tensor) -> None:

@@ -50,7 +50,7 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
         keep_memory()
     seed_everything(recipe.train.seed)
     built = build(recipe)
-    preflight(recipe, built)
+    preflight(recipe, built, None if dry_run else runtime.device)  # a dry run may be for another machine
     if dry_run:
         show_plan(recipe, built, console)
         step = Checkpoints(Path(recipe.output) / "checkpoints", resolved(recipe), recipe.train.keep_last).resumable()

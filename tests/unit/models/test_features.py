@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from triptych.core.errors import DataError
+from triptych.core.errors import ModelError
 from triptych.models import features as features_module
 from triptych.models.features import FeatureCache, tower_key
 
@@ -63,27 +63,41 @@ def test_a_file_that_was_cut_off_costs_only_what_it_held(tmp_path: Path) -> None
     assert "k0" not in cache and "k1" in cache and not broken.exists()
 
 
-def test_a_file_that_may_not_be_read_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_that_cannot_be_opened_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the system refuses: here a link to itself, since root may read every file."""
     cache = FeatureCache(tmp_path)
     cache.put("k", tensors(1))
     cache.flush()
+    (file,) = tmp_path.iterdir()
+    file.rename(tmp_path / "aside")
+    file.symlink_to(file)
+    assert "k" not in FeatureCache(tmp_path) and f"{file.name} cannot be read" in caplog.text
+    with pytest.raises(ModelError, match=r"cannot be read: .*Too many levels"):
+        cache.get("k")
+    assert file.is_symlink()
+    (tmp_path / "aside").replace(file)
+    assert "k" in FeatureCache(tmp_path)
 
-    def refuse(file: Path, **options: str) -> None:
+
+def test_a_damaged_file_that_may_not_be_removed_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"cut off")
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(features_module, "safe_open", refuse)
-    assert "k" not in FeatureCache(tmp_path) and "cannot be read" in caplog.text
-    with pytest.raises(DataError, match=r"cannot be read: .*Permission denied"):
-        cache.get("k")
-    monkeypatch.undo()
+    monkeypatch.setattr(Path, "unlink", refuse)
+    cache = FeatureCache(tmp_path)
+    assert len(cache) == 0 and "is damaged" in caplog.text and "cannot be removed: " in caplog.text
+    cache.put("k", tensors(1))
+    cache.flush()
     assert "k" in FeatureCache(tmp_path)
 
 
 def test_a_folder_that_cannot_be_used_or_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"file/tower cannot be used: .*Not a directory"):
+    with pytest.raises(ModelError, match=r"file/tower cannot be used: .*Not a directory"):
         FeatureCache(tmp_path / "file" / "tower")
     cache = FeatureCache(tmp_path / "full")
     cache.put("k", tensors(1))
@@ -92,7 +106,7 @@ def test_a_folder_that_cannot_be_used_or_written_is_named(tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(features_module.os, "fsync", refuse)
-    with pytest.raises(DataError, match=r"full cannot be written: .*No space left"):
+    with pytest.raises(ModelError, match=r"full cannot be written: .*No space left"):
         cache.flush()
     assert not list((tmp_path / "full").iterdir())
 
@@ -104,7 +118,7 @@ def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
     (file,) = tmp_path.iterdir()
     assert cache.files == [file.name]
     file.unlink()
-    with pytest.raises(DataError, match=f"{file.name} cannot be read") as caught:
+    with pytest.raises(ModelError, match=f"{file.name} cannot be read") as caught:
         cache.get("k")
     assert "start the run again" in str(caught.value)
 

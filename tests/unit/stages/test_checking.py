@@ -10,6 +10,7 @@ import torch
 
 from tests.commands import triptych, write
 from tests.recipes.tiny_recipes import Files, contrastive, preference, tune
+from triptych.models import logprobs
 
 
 @pytest.mark.parametrize("values", [tune, contrastive, preference])
@@ -40,14 +41,21 @@ def test_every_broken_row_is_named_and_the_exit_status_is_1(files: Files, tmp_pa
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel works on a CUDA device")
-def test_a_kernel_that_this_machine_cannot_run_is_refused_before_anything_runs(files: Files, tmp_path: Path) -> None:
+def test_a_kernel_that_this_machine_cannot_run_is_refused_before_anything_runs(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = write(
         tmp_path / "recipe.yaml", {"output": str(tmp_path / "run"), **tune(files)}, head_kernel="cut_cross_entropy"
     )
-    for command in (["check", file], ["train", file, "--dry-run"], ["train", file]):
-        done = triptych(*command)
-        assert done.status == 1 and "head_kernel" in done.err and "needs a CUDA device" in done.err
+    done = triptych("train", file)
+    assert done.status == 1 and "head_kernel" in done.err and "needs a CUDA device" in done.err
     assert not (tmp_path / "run").exists()
+    for command in (["check", file], ["train", file, "--dry-run"]):  # the run may be for another machine
+        assert triptych(*command).status == 0
+    monkeypatch.setattr(logprobs, "_cut_obstacle", lambda head, device: f"this head on {device}")
+    for command in (["check", file], ["train", file, "--dry-run"]):
+        done = triptych(*command)
+        assert done.status == 1 and "this head on cuda" in done.err
 
 
 def test_files_that_cannot_be_opened_are_reported_together(files: Files, tmp_path: Path) -> None:

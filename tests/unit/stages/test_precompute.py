@@ -22,7 +22,7 @@ from triptych.data.images import decode
 from triptych.engine.parallel import Runtime, RuntimeConfig
 from triptych.models.reference import REFERENCE_LOGPROBS, reference_logprobs
 from triptych.stages import precompute
-from triptych.stages.build import open_datasets
+from triptych.stages.build import make_loader, open_datasets
 from triptych.stages.precompute import PrecomputedReference
 from triptych.stages.vlm import build_vlm
 
@@ -165,11 +165,25 @@ def test_what_a_damaged_file_held_is_computed_again(
     _prepare(known, vlm, datasets, loader, tmp_path / "numbers")
     sample = datasets[0].sample(3)
     before = known.encode(sample).branches[0].token_values[REFERENCE_LOGPROBS].clone()
-    (kept,) = (tmp_path / "numbers").glob("*/*.safetensors")
-    kept.write_bytes(kept.read_bytes()[:-9])  # the mark that all was computed is still there
-    _prepare(known, vlm, datasets, loader, tmp_path / "numbers")
+    for says_what in (True, False):  # earlier versions listed no files
+        (kept,) = (tmp_path / "numbers").glob("*/*.safetensors")
+        kept.write_bytes(kept.read_bytes()[:-9])
+        (mark,) = (tmp_path / "numbers").glob("*/*.done")  # it is still there
+        mark.write_text(mark.read_text() * says_what)
+        _prepare(known, vlm, datasets, loader, tmp_path / "numbers")
     assert torch.equal(known.encode(sample).branches[0].token_values[REFERENCE_LOGPROBS], before)
     assert not kept.exists() and f"{kept.name} is damaged" in caplog.text
+
+
+def test_numbers_that_are_lost_in_the_middle_of_a_run_make_no_row_a_bad_one(files: Files, tmp_path: Path) -> None:
+    known, vlm, datasets, loader = _reference(files, tmp_path)
+    _prepare(known, vlm, datasets, loader, tmp_path / "numbers")
+    (kept,) = (tmp_path / "numbers").glob("*/*.safetensors")
+    kept.unlink()
+    lenient = loader.model_copy(update={"on_bad_row": "skip"})
+    source = make_loader(datasets, known.encode, vlm.loaded.pictures, lenient, None, by_picture=False, packed=True)
+    with pytest.raises(ModelError, match=f"{kept.name} cannot be read"):
+        next(source.windows())
 
 
 def test_held_out_rows_are_scored_with_the_pictures_they_are_evaluated_with(files: Files, tmp_path: Path) -> None:

@@ -108,6 +108,12 @@ def test_bag_of_words_teaches_the_connector_and_nothing_else(files: Files, tmp_p
     assert moved == {name for name in before if "multi_modal_projector" in name} and moved
 
 
+def test_a_kernel_that_the_objective_does_not_use_is_no_obstacle(files: Files, tmp_path: Path) -> None:
+    loader = {"global_batch": 24, "micro_batch": 12, "epochs": None, "steps": 1}
+    done = triptych("train", _aligning(files, tmp_path, head_kernel="cut_cross_entropy", loader=loader))
+    assert done.status == 0, done.err
+
+
 def test_options_of_bag_of_words_reach_what_uses_them(files: Files, tmp_path: Path) -> None:
     rules = {"temperature": 0.2, "silence": 0.6, "context": 0.7, "silent_commitment": 0.4}
     options = {"kind": "bag_of_words", **rules}
