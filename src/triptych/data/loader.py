@@ -58,17 +58,16 @@ class Rows(Protocol):
         ...
 
 
-def _check_micro_batch(value: object) -> object:
-    # Before the union, which would report one problem for each of its members.
-    if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        return value
-    raise ValueError(f"`{value}` is neither a number of samples, 1 or more, nor `auto`")
+def _number_or_auto(things: str) -> BeforeValidator:
+    """Before the union, which would report one problem for each of its members. None is left to it."""
 
+    def check(value: object) -> object:
+        is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if value is None or value == "auto" or is_number:
+            return value
+        raise ValueError(f"`{value}` is neither a number of {things}, 1 or more, nor `auto`")
 
-def _check_threads(value: object) -> object:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        return value
-    raise ValueError(f"`{value}` is neither a number of threads, 1 or more, nor `auto`")
+    return BeforeValidator(check)
 
 
 class LoaderConfig(Config):
@@ -76,7 +75,7 @@ class LoaderConfig(Config):
 
     global_batch: int = Field(ge=1)
     """Samples of one optimizer step, all ranks together."""
-    micro_batch: Annotated[int | Literal["auto"] | None, BeforeValidator(_check_micro_batch)] = None
+    micro_batch: Annotated[int | Literal["auto"] | None, _number_or_auto("samples")] = None
     """Most samples of one forward pass on one rank; give this, `micro_batch_tokens`, or both. `auto`: the largest
     `micro_batch_tokens` whose measured memory stays under `train.memory_limit`, found when a run begins."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)
@@ -101,7 +100,7 @@ class LoaderConfig(Config):
     decode: Literal["full", "draft"] = "full"
     """`draft` decodes pictures at a half, a third, ... of their size where that is more than the model takes: faster,
     and on photographs one or two of 255 levels off the whole pictures on average. It changes no number of tokens."""
-    decode_threads: Annotated[int | Literal["auto"], BeforeValidator(_check_threads)] = "auto"
+    decode_threads: Annotated[int | Literal["auto"], _number_or_auto("threads")] = "auto"
     """Threads that decode the pictures of a batch and make pixels of them; `auto` tries several on the first batches
     and takes the fastest. It changes no pixel."""
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -122,7 +121,7 @@ class LoaderConfig(Config):
         return self.steps * self.global_batch / rows
 
     @model_validator(mode="after")
-    def _one_length(self) -> LoaderConfig:
+    def _agrees(self) -> LoaderConfig:
         wrong = []
         if (self.epochs is None) == (self.steps is None):
             wrong.append("give exactly one of `epochs` and `steps`")

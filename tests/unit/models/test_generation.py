@@ -107,8 +107,10 @@ def test_head_and_cache_are_the_fast_ones_and_the_head_is_itself_again_also_afte
         return plain(**inputs)
 
     monkeypatch.setattr(model, "generate", watched)
-    generate(model, prompts(tokenizer, pictures), pictures, max_new_tokens=2, stop_ids=(), samples=2)
-    assert seen == [(generation._TurnedHead, GrowingLayer)] * 2
+    for samples, calls in ((1, 1), (2, 2)):  # several samples share a first call for their prompts
+        seen.clear()
+        generate(model, prompts(tokenizer, pictures), pictures, max_new_tokens=2, stop_ids=(), samples=samples)
+        assert seen == [(generation._TurnedHead, GrowingLayer)] * calls
     assert model.get_output_embeddings() is head and list(model.state_dict()) == names
     monkeypatch.setattr(model, "generate", lambda **inputs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
