@@ -23,8 +23,8 @@ from benchmarks import record, scaling
 from benchmarks.models import SCALES
 from benchmarks.process import COMMAND, Remote, serve
 from benchmarks.row import Setting
-from benchmarks.table import BESIDE, COMPILED, OTHER_REPEATS, PLAIN, REPEATS, ROWS, TARGETS
-from benchmarks.timing import Timing, interleave
+from benchmarks.table import BESIDE, COMPILED, OTHER_TURNS, PLAIN, ROWS, TARGETS, TURNS
+from benchmarks.timing import Timing, Turns, interleave
 from triptych.engine.allocator import LARGE_PAGES, keep_memory
 
 WAYS = ("ours", "peer")
@@ -47,7 +47,11 @@ def main() -> int:
         f"without one 135m on CPUs and 360m on GPUs); {ALL_BESIDE} stands for {', '.join(BESIDE)}; default: "
         f"{', '.join(WHOLE)}",
     )
-    parser.add_argument("--repeats", type=int, help="timed turns of each way; default: the row's own number")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help="timed turns of each way; default: as many as end within a time, see benchmarks/table.py",
+    )
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -108,15 +112,15 @@ def measure(name: str, repeats: int | None) -> dict[str, Any]:
     """One row, each way in a process of its own.
 
     Args:
-        repeats: timed turns; the row's own number if None.
+        repeats: timed turns; what the table says of the row if None.
     """
     key = name.partition("@")[0]
     environment = LARGE_PAGES if key not in PLAIN and device().type == "cpu" else {}
     with Remote([name, "--way", "ours"], environment) as ours, Remote([name, "--way", "peer"], {}) as peer:
         about, _ = ours.about(), peer.about()
-        timings = interleave({"ours": ours, "peer": peer}, repeats or OTHER_REPEATS.get(key, REPEATS), warm_up=0)
-    if not about.pop("compares_memory"):
-        timings["ours"].added = timings["peer"].added = 0
+        turns = Turns(repeats, repeats) if repeats else OTHER_TURNS.get(key, TURNS)
+        looks_at_memory = about.pop("compares_memory")
+        timings = interleave({"ours": ours, "peer": peer}, turns, warm_up=0, looks_at_memory=looks_at_memory)
     return describe(name, about, timings["ours"], timings["peer"])
 
 

@@ -45,9 +45,13 @@ class Remote:
         """
         return self._answer()
 
-    def take(self, looks_at_memory: bool) -> Step:
+    def take(self) -> Step:
         """Take a step."""
-        return Step(**self.ask("memory" if looks_at_memory else "time"))
+        return Step(**self.ask("time"))
+
+    def look_at_memory(self) -> int:
+        """Take a step and look at the bytes it adds at its peak."""
+        return int(self.ask("memory")["added"])
 
     def ask(self, question: str) -> dict[str, Any]:
         """Its answer to a line.
@@ -89,7 +93,9 @@ class Remote:
 def serve(way: Way, about: Mapping[str, Any]) -> None:
     """Take a step to warm up, say what this is, then answer each line of the standard input: `time` or `memory`."""
     runner = Local(way)
-    runner.take(looks_at_memory=False)  # which also makes the optimizer's state; both ways do so at the same time
+    runner.take()  # which also makes the optimizer's state; both ways do so at the same time
     print(json.dumps(about), flush=True)
     for line in sys.stdin:
-        print(json.dumps(asdict(runner.take(looks_at_memory=line.strip() == "memory"))), flush=True)
+        is_memory = line.strip() == "memory"
+        answer = {"added": runner.look_at_memory()} if is_memory else asdict(runner.take())
+        print(json.dumps(answer), flush=True)

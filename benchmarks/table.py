@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks import contrastive, loading, rollout, rows, training_rows
 from benchmarks.row import Build
+from benchmarks.timing import Turns
 
 EAGER = "sft_full_196_eager"
 _BUILDS: Mapping[str, Build] = {
@@ -54,25 +55,15 @@ TARGETS: Mapping[str, Target] = {
 }
 """Rows without an entry are measured for what they show, see `BESIDE`."""
 
-REPEATS = 3
-OTHER_REPEATS: Mapping[str, int] = {
-    # Steps of a minute: a third turn would take the whole beyond 40 minutes.
-    "sft_tree8_576": 2,
-    "dpo_576": 2,
-    "dpo_576_full": 2,
-    "group8_576": 2,
-    # Beside the table: what they show needs no third.
-    "dpo_196_one_epoch": 2,
-    EAGER: 2,
-    "sft_full_196_trl_as_run": 2,
+TURNS = Turns(least=2, most=5, seconds=40)
+OTHER_TURNS: Mapping[str, Turns] = {
     # Half a second, so that a moment's disturbance shows.
-    "loader_vqa": 21,
-    "loader_vqa_draft": 21,
-    "loader_vqa_thread": 11,
-    "loader_vqa_draft_thread": 11,
-    "rollout_k8": 5,
+    "loader_vqa": Turns(least=21, most=21),
+    "loader_vqa_draft": Turns(least=21, most=21),
+    "loader_vqa_thread": Turns(least=11, most=11),
+    "loader_vqa_draft_thread": Turns(least=11, most=11),
 }
-"""Timed turns of rows whose steps are long or short."""
+"""Timed turns of rows whose steps are short."""
 
 _FIRST = tuple(TARGETS)
 ROWS: Mapping[str, Build] = {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -37,8 +37,11 @@ class Way:
 class Runner(Protocol):
     """Takes the steps of a way, in this process or in one of its own."""
 
-    def take(self, looks_at_memory: bool) -> Step:
+    def take(self) -> Step:
         """Take a step."""
+
+    def look_at_memory(self) -> int:
+        """Take a step and look at the bytes it adds at its peak."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,6 @@ class Step:
     seconds: float
     is_disturbed: bool
     """Whether others used the processors meanwhile."""
-    added: int | None
-    """Bytes of resident memory at its peak, less those before it, if it was looked at."""
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Timing:
 
     seconds: list[float] = field(default_factory=list)
     added: int = 0
-    """Bytes of resident memory at the peak of a step, less those before it."""
+    """Bytes of resident memory at the peak of a step, less those before it; 0 where it was not looked at."""
     disturbed: int = 0
     """Steps before or during which others used the processors."""
 
@@ -68,27 +69,51 @@ class Timing:
         return statistics.median(self.seconds)
 
 
+@dataclass(frozen=True)
+class Turns:
+    """How often each way takes its timed step."""
+
+    least: int
+    most: int
+    seconds: float = math.inf
+    """No turn beyond the least is begun that would not end within so many, if it takes as long as those before it."""
+
+    def wants(self, taken: int, spent: float) -> bool:
+        """Whether one more is taken after so many, which took so many seconds."""
+        return taken < self.least or (taken < self.most and spent * (taken + 1) / taken <= self.seconds)
+
+
 def interleave(
-    runners: Mapping[str, Runner], repeats: int, warm_up: int = 1, patience: float = PATIENCE
+    runners: Mapping[str, Runner],
+    turns: Turns,
+    warm_up: int = 1,
+    looks_at_memory: bool = True,
+    patience: float = PATIENCE,
 ) -> dict[str, Timing]:
     """Take the steps of all ways in turns, their order turned round each time.
 
-    The last turn looks at memory: what is free is given back to the system before it, which makes the step slower.
+    Memory has steps of its own, which are not timed: before them, what is free is given back to the system.
 
     Args:
-        repeats: timed turns.
         warm_up: turns before, which also make the optimizers' state.
-        patience: seconds to wait for a quiet machine before each step.
+        patience: seconds to wait for a quiet machine before each timed step.
     """
     timings = {name: Timing() for name in runners}
-    for turn in range(warm_up + repeats):
-        for name in runners if turn % 2 == 0 else reversed(list(runners)):
+    for _ in range(warm_up):
+        for runner in runners.values():
+            runner.take()
+    if looks_at_memory:
+        for name, runner in runners.items():
+            timings[name].added = runner.look_at_memory()
+    taken, spent = 0, 0.0
+    while turns.wants(taken, spent):
+        for name in runners if taken % 2 == 0 else reversed(list(runners)):
             was_quiet = wait_until_quiet(patience)
-            step = runners[name].take(looks_at_memory=turn == warm_up + repeats - 1)
-            if turn >= warm_up:
-                timings[name].seconds.append(step.seconds)
-                timings[name].disturbed += step.is_disturbed or not was_quiet
-                timings[name].added = step.added or 0
+            step = runners[name].take()
+            timings[name].seconds.append(step.seconds)
+            timings[name].disturbed += step.is_disturbed or not was_quiet
+            spent += step.seconds
+        taken += 1
     return timings
 
 
@@ -99,18 +124,24 @@ class Local:
         self._way = way
         self._device = next((item.device for item in way.model.parameters()), torch.device("cpu"))
 
-    def take(self, looks_at_memory: bool) -> Step:
-        """Take a step; what is free is given back before memory is looked at."""
+    def take(self) -> Step:
+        """Take a step."""
         self._free()
-        memory = PeakMemory(self._device, LOOK)
-        with memory if looks_at_memory else nullcontext():
-            others = _Others()
-            start = time.perf_counter()
+        others = _Others()
+        start = time.perf_counter()
+        self._step()
+        seconds = time.perf_counter() - start
+        is_disturbed = others.share() > QUIET
+        self._free()
+        return Step(seconds, is_disturbed)
+
+    def look_at_memory(self) -> int:
+        """Bytes that a step adds at its peak; what is free is given back before it."""
+        self._free()
+        with PeakMemory(self._device, LOOK) as memory:
             self._step()
-            seconds = time.perf_counter() - start
-            is_disturbed = others.share() > QUIET
         self._free()
-        return Step(seconds, is_disturbed, memory.added if looks_at_memory else None)
+        return memory.added
 
     def _step(self) -> None:
         self._way.run()

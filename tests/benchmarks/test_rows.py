@@ -8,7 +8,7 @@ from benchmarks.loading import LOADING
 from benchmarks.models import TINY
 from benchmarks.row import Setting
 from benchmarks.table import ROWS
-from benchmarks.timing import Local, Way, interleave
+from benchmarks.timing import Local, Turns, Way, interleave
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,16 @@ def test_ways_take_turns_and_their_memory_is_their_own() -> None:
         return Way(name, run, model)
 
     runners = {"small": Local(way("small", 1)), "large": Local(way("large", 200))}
-    timings = interleave(runners, repeats=3, patience=0.0)
-    assert taken == ["small", "large", "large", "small"] * 2
+    timings = interleave(runners, Turns(3, 3), patience=0.0)
+    assert taken == ["small", "large"] * 3 + ["large", "small"] + ["small", "large"]
     assert len(timings["small"].seconds) == 3 and timings["small"].median > 0
     assert timings["large"].added > 150 * 2**20 > 50 * 2**20 > timings["small"].added
+    timings = interleave(runners, Turns(2, 2), warm_up=0, looks_at_memory=False, patience=0.0)
+    assert timings["large"].added == 0 and len(taken) == 14
+
+
+def test_turns_are_taken_while_one_more_ends_in_time() -> None:
+    turns = Turns(least=2, most=4, seconds=40)
+    assert [turns.wants(taken, 10.0 * taken) for taken in range(5)] == [True, True, True, True, False]
+    assert [turns.wants(taken, 14.0 * taken) for taken in range(4)] == [True, True, False, False]
+    assert Turns(3, 3).wants(2, 1e6) and not Turns(3, 3).wants(3, 0.0)

@@ -15,10 +15,11 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, PreTrainedModel
 
 from triptych.core.protocols import PictureProcessor
-from triptych.models.components import repeat_positions, row_inputs_kind
+from triptych.models.components import repeat_positions, row_inputs_kind, tree_obstacle
 from triptych.models.growing_cache import growing_cache
 from triptych.models.modes import evaluation_mode
 from triptych.models.pictures import model_inputs
+from triptych.models.tree_attention import use_tree_attention
 
 _ROWS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 """Inputs with a line for each prompt; the others belong to pictures."""
@@ -65,7 +66,7 @@ def generate(
     pad = stop_ids[0] if stop_ids else 0
     inputs: dict[str, Any] = prompt_inputs(hf, prompts, pictures, pad)
     longest = inputs["input_ids"].shape[1]
-    with evaluation_mode(hf), _head_for_few_rows(hf):
+    with evaluation_mode(hf), _head_for_few_rows(hf), _attention_of_next_tokens(hf):
         if samples > 1:
             inputs = _repeat_prompts(hf, inputs, samples, pad)
         inputs.setdefault("past_key_values", growing_cache(hf))
@@ -120,6 +121,19 @@ def _head_for_few_rows(hf: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         hf.set_output_embeddings(head)
+
+
+@contextmanager
+def _attention_of_next_tokens(hf: PreTrainedModel) -> Iterator[None]:
+    """Inside the block our attention in the place of transformers' plain one: faster for one token at a time."""
+    if hf.config.get_text_config()._attn_implementation != "sdpa" or tree_obstacle(hf) is not None:
+        yield
+        return
+    use_tree_attention(hf)
+    try:
+        yield
+    finally:
+        hf.set_attn_implementation({"text_config": "sdpa"})
 
 
 def _repeat_prompts(hf: PreTrainedModel, inputs: dict[str, Tensor], samples: int, pad: int) -> dict[str, Any]:

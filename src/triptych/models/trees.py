@@ -7,6 +7,7 @@ by rows. Loss and gradients equal those of the expanded rows up to rounding.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 from triptych.core.types import Batch
 
 LIKE_LENGTH = 0.8
-"""Stretches at least this share of the longest are padded to it."""
+"""Runs of tokens at least this share of the longest are padded to it."""
+
+STRETCH = 128
+"""Tokens that the causal kernel gets at once: it computes what it hides, too."""
+SHORT = 0.25
+"""Share of that which does not become a stretch of its own."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,15 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Stretches:
-    """Stretches of packed tokens of like length, each of which sees itself in causal order."""
+class Part:
+    """Queries and keys of one call of a kernel without mask: G runs of Q tokens each, of like length and padded."""
 
-    index: Tensor
-    """[G, L] int64 numbers of packed tokens; 0 behind the end."""
+    queries: Tensor
+    """[G, Q] int64 numbers of packed tokens; 0 behind the end. None stands in two runs."""
     is_real: Tensor | None
-    """[G, L] bool; None where all are of one length."""
+    """[G, Q] bool; None where all runs are of one length."""
+    keys: Tensor | None
+    """[G, K] int64: every query of a run sees all of its keys; None: the queries see each other in causal order."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +72,9 @@ class TreeLayout:
     """[N] int32 tree of each token."""
     is_trunk: Tensor
     """[N] bool: token of a trunk, which all rows of its tree see."""
-    stretches: tuple[Stretches, ...]
-    """Every token once: whole rows of trees with one branch, trunks, and what follows a trunk in each row."""
-    forks: tuple[tuple[int, int, int], ...]
-    """(first token of a trunk, first token of its branches, their end), for trees with several."""
+    parts: tuple[Part, ...]
+    """For kernels without a mask. First stretches in causal order, which hold every token once; then what tokens see
+    before their stretch: of the same row, and branches of their trunk."""
     groups: tuple[Group, ...]
     """The same for kernels that take a mask: trunks, and branches where there are any."""
     order: Tensor
@@ -176,15 +183,21 @@ def make_layout(batch: Batch, image_token_id: int | None) -> TreeLayout:
         rows=rows.int(),
         trees=batch.tree_index[rows].int(),
         is_trunk=tokens % length < batch.trunk_lengths[rows],
-        stretches=_make_stretches(trees, device),
-        forks=tuple(
-            (tree.start, tree.start + tree.trunk, tree.stop) for tree in trees if tree.trunk and sum(tree.branches)
-        ),
+        parts=_make_parts(trees, device),
         groups=groups,
         order=order,
         blocks=None if image_token_id is None else _blocks(batch.input_ids == image_token_id)[tokens].int(),
         longest=int(batch.lengths.max()),
     )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring packed tokens, and the first of those they see."""
+
+    start: int
+    size: int
+    keys: int
 
 
 @dataclass(frozen=True)
@@ -245,27 +258,64 @@ def _list_trees(is_first: list[bool], lengths: list[int], trunk_lengths: list[in
     return trees
 
 
-def _make_stretches(trees: list[_PackedTree], device: torch.device) -> tuple[Stretches, ...]:
-    """Stretches of like length share one call of the kernel, so that it can use all processors."""
-    pieces: list[tuple[int, int]] = []
+def _make_parts(trees: list[_PackedTree], device: torch.device) -> tuple[Part, ...]:
+    """Runs of like length share one call of the kernel, so that it can use all processors."""
+    stretches: list[_Run] = []
+    ahead: dict[int, list[_Run]] = defaultdict(list)
+    forks: dict[int, list[_Run]] = defaultdict(list)
     for tree in trees:
         start = tree.start
         for size in (tree.trunk, *tree.branches):
             if size:
-                pieces.append((size, start))
+                _cut(start, size, stretches, ahead)
             start += size
-    groups: list[list[tuple[int, int]]] = []
-    for size, start in sorted(pieces, key=lambda piece: -piece[0]):
-        if not groups or size < LIKE_LENGTH * groups[-1][0][0]:
+        middle = tree.start + tree.trunk
+        if tree.trunk and middle < tree.stop:
+            forks[tree.trunk].append(_Run(middle, tree.stop - middle, tree.start))
+    parts = _of_like_length(stretches, None, device)
+    for spans in (ahead, forks):
+        for keys, runs in spans.items():
+            parts += _of_like_length(runs, keys, device)
+    return tuple(parts)
+
+
+def _cut(start: int, size: int, stretches: list[_Run], ahead: dict[int, list[_Run]]) -> None:
+    """Cut a row's tokens into stretches; what a stretch sees of the row before it goes to `ahead`, by number of keys.
+
+    Halves and halves of halves, always at a power of two of `STRETCH`, so that rows of all lengths can share calls; no
+    token is a query twice for one number of keys.
+    """
+    if size < (1 + SHORT) * STRETCH:
+        stretches.append(_Run(start, size, start))
+        return
+    keys = STRETCH
+    while size >= (2 * keys + SHORT * STRETCH):
+        keys *= 2
+    ahead[keys].append(_Run(start + keys, size - keys, start))
+    _cut(start, keys, stretches, ahead)
+    _cut(start + keys, size - keys, stretches, ahead)
+
+
+def _of_like_length(runs: list[_Run], keys: int | None, device: torch.device) -> list[Part]:
+    """
+    Args:
+        keys: how many each run sees; None for stretches.
+    """
+    groups: list[list[_Run]] = []
+    for run in sorted(runs, key=lambda run: -run.size):
+        if not groups or run.size < LIKE_LENGTH * groups[-1][0].size:
             groups.append([])
-        groups[-1].append((size, start))
-    return tuple(_stretch(group, device) for group in groups)
-
-
-def _stretch(pieces: list[tuple[int, int]], device: torch.device) -> Stretches:
-    index, sizes = _pad([torch.arange(start, start + size, device=device) for size, start in pieces])
-    width = index.shape[1]
-    return Stretches(index, None if min(size for size, _ in pieces) == width else _before(sizes, width))
+        groups[-1].append(run)
+    parts = []
+    for group in groups:
+        queries, sizes = _pad([torch.arange(run.start, run.start + run.size, device=device) for run in group])
+        width = queries.shape[1]
+        is_real = None if group[-1].size == width else _before(sizes, width)
+        seen = None
+        if keys is not None:
+            seen = torch.tensor([run.keys for run in group], device=device)[:, None] + torch.arange(keys, device=device)
+        parts.append(Part(queries, is_real, seen))
+    return parts
 
 
 def _make_groups(places: Tensor, trees: list[_PackedTree]) -> tuple[Group, ...]:

@@ -14,6 +14,7 @@ from triptych.models import generation
 from triptych.models.generation import Prompt, generate, prompt_inputs
 from triptych.models.growing_cache import GrowingLayer
 from triptych.models.pictures import make_pictures, model_inputs
+from triptych.models.tree_attention import TREE_ATTENTION
 
 SIZES = [[(32, 32)], [(64, 24), (20, 50)], [], [(90, 90)]]
 TEXTS = ["What is it?", "Compare!", "A question without any picture, longer than others.", "?"]
@@ -147,3 +148,15 @@ def test_prompts_are_padded_on_the_left_in_the_type_of_the_model() -> None:
 
 def _cut(ids: list[int], stop: int) -> list[int]:
     return ids[: ids.index(stop)] if stop in ids else ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_has_its_own_attention_back_after_an_answer(family: str) -> None:
+    model, tokenizer, processor = tiny_family(family)
+    pictures = make_pictures(model.config, processor, tokenizer)
+    text = model.config.get_text_config()
+    before = text._attn_implementation
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(text._attn_implementation))
+    generate(model, prompts(tokenizer, pictures), pictures, max_new_tokens=2, stop_ids=[0])
+    assert before == text._attn_implementation == "sdpa" and set(seen) == {TREE_ATTENTION}

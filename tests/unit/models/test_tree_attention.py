@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.unit.data.test_sharing import make_row
 from triptych.core.types import ImageReference
 from triptych.data.collate import collate
+from triptych.models import trees as modeling_trees
 from triptych.models.tree_attention import flexible, grouped, tree_attention
 from triptych.models.trees import TreeLayout, make_layout
 
@@ -74,7 +77,21 @@ def in_groups(states: list[Tensor], trees: TreeLayout, window: int | None) -> Te
 def test_output_and_gradients_equal_attention_written_out(
     attend: Callable[[list[Tensor], TreeLayout, int | None], Tensor], window: int | None, blocks: bool
 ) -> None:
-    trees = layout(blocks)
+    _check_against_attention_written_out(attend, layout(blocks), window)
+
+
+@pytest.mark.parametrize("stretch", [1, 2, 4, 8])
+def test_rows_cut_into_stretches_equal_attention_written_out(stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = layout()
+    monkeypatch.setattr(modeling_trees, "STRETCH", stretch)
+    trees = layout()
+    assert len(trees.parts) > len(whole.parts)
+    _check_against_attention_written_out(as_transformers, trees, None)
+
+
+def _check_against_attention_written_out(
+    attend: Callable[[list[Tensor], TreeLayout, int | None], Tensor], trees: TreeLayout, window: int | None
+) -> None:
     inputs = states(trees)
     weights = torch.randn(1, len(trees.tokens), 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     expected = written_out(inputs, trees, window)
@@ -116,16 +133,37 @@ def test_blocks_for_flex_attention_are_those_with_anything_to_see(window: int | 
     assert int(some.sum()) > 0 and (size > 1 or window == 1 or int(some.sum()) < side * side)
 
 
-def test_stretches_hold_every_token_once_and_little_padding() -> None:
+@pytest.mark.parametrize("stretch", [2, 4, 128])
+def test_parts_hold_all_that_is_seen_once_and_little_padding(stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_trees, "STRETCH", stretch)
     trees = layout()
-    places = torch.cat(
-        [part.index.flatten() if part.is_real is None else part.index[part.is_real] for part in trees.stretches]
-    )
-    assert sorted(places.tolist()) == list(range(len(trees.tokens)))
-    assert any(part.is_real is not None for part in trees.stretches)
-    for part in trees.stretches:
-        assert part.is_real is None or float(part.is_real.double().mean()) >= 0.8
-    assert trees.forks == ((0, 4, 20), (20, 25, 27))
+    size = len(trees.tokens)
+    seen = torch.zeros(size, size, dtype=torch.int64)
+    for part in trees.parts:
+        for run, queries in enumerate(part.queries.tolist()):
+            if part.is_real is not None:
+                assert sum(part.is_real[run].tolist()) >= 0.8 * len(queries)
+                queries = [token for token, is_real in zip(queries, part.is_real[run], strict=True) if is_real]
+            for number, query in enumerate(queries):
+                seen[query, queries[: number + 1] if part.keys is None else part.keys[run]] += 1
+        real = part.queries if part.is_real is None else part.queries[part.is_real]
+        assert real.unique().numel() == real.numel()  # results are written without adding up
+    numbers = torch.arange(size)
+    assert torch.equal(seen, trees.sees(numbers[:, None], numbers[None, :], None).long())
+    assert stretch < 128 or any(part.is_real is not None for part in trees.parts)
+
+
+def test_a_stretch_takes_a_short_rest_and_no_long_one() -> None:
+    def cut(size: int) -> tuple[list[int], dict[int, list[int]]]:
+        stretches: list[modeling_trees._Run] = []
+        ahead: dict[int, list[modeling_trees._Run]] = defaultdict(list)
+        modeling_trees._cut(0, size, stretches, ahead)
+        return [run.size for run in stretches], {keys: [run.size for run in runs] for keys, runs in ahead.items()}
+
+    assert cut(159) == ([159], {})
+    assert cut(160) == ([128, 32], {128: [32]})
+    assert cut(601) == ([128, 128, 128, 128, 89], {512: [89], 256: [256], 128: [128, 128]})
+    assert cut(520) == ([128, 128, 128, 136], {256: [264], 128: [128, 136]})
 
 
 def test_bfloat16_under_autocast_is_near_float64() -> None:
@@ -140,6 +178,20 @@ def test_bfloat16_under_autocast_is_near_float64() -> None:
     wanted = torch.autograd.grad(expected.sum(), exact)
     for ours, theirs in zip(torch.autograd.grad(found.float().sum(), inputs), wanted, strict=True):
         assert (ours - theirs).norm() <= 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_next_token_sees_all_keys_as_with_transformers(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((3, 6, 1, 8), (3, 2, 11, 8), (3, 2, 11, 8))
+    query, key, value = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    module = torch.nn.Identity()
+    module.num_key_value_groups = 3
+    inputs = [item.to(dtype) for item in (query, key, value)]
+    found = tree_attention(module, *inputs, None, scaling=SCALE)[0]
+    expected = sdpa_attention_forward(module, query, key, value, None, scaling=SCALE)[0]
+    tolerance = 1e-12 if dtype == torch.float64 else 0.02
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_dropout_is_applied() -> None:
