@@ -129,16 +129,15 @@ class _Merged(torch.autograd.Function):
         states = [item.to(dtype) for item in (query, key, value)]
         joined, total = torch.empty_like(states[0]), states[0].new_empty(query.shape[:2])
         for part in trees.parts:
-            keys = part.queries if part.keys is None else part.keys
-            taken = (_heads(item[places]) for item, places in zip(states, (part.queries, keys, keys), strict=True))
+            keys = part.keys or part.queries
+            taken = [_heads(runs.take(item)) for item, runs in zip(states, (part.queries, keys, keys), strict=True)]
             output, logsum = (_heads(item) for item in _flash(*taken, 0.0, part.keys is None, scale=scale))
-            places = _chosen(part.queries, part.is_real)
-            output, logsum = _chosen(output, part.is_real), _chosen(logsum, part.is_real)
             if part.keys is not None:
-                near = total[places]
+                near = part.queries.take(total)
                 both = torch.logaddexp(near, logsum)
-                output, logsum = torch.lerp(output, joined[places], (near - both).exp()[..., None]), both
-            joined[places], total[places] = output, logsum
+                output, logsum = torch.lerp(output, part.queries.take(joined), (near - both).exp()[..., None]), both
+            part.queries.put(joined, output)
+            part.queries.put(total, logsum)
         result = joined.to(query.dtype)
         context.save_for_backward(query, key, value, result, total)
         context.trees, context.scale = trees, scale
@@ -150,36 +149,30 @@ class _Merged(torch.autograd.Function):
         query, key, value, output, gradient = (item.to(total.dtype) for item in (*saved, gradient))
         gradients = [torch.zeros_like(item) for item in (query, key, value)]
         for part in context.trees.parts:
-            keys = part.queries if part.keys is None else part.keys
-            ahead, logsum = gradient[part.queries], total[part.queries]
-            if part.is_real is not None:  # what stands behind the end of a run is no token of it and sees nothing
-                ahead = ahead.masked_fill(~part.is_real[..., None, None], 0.0)
-                logsum = logsum.masked_fill(~part.is_real[..., None], math.inf)
+            queries, keys = part.queries, part.keys or part.queries
+            ahead, logsum = queries.take(gradient), queries.take(total)
+            if queries.is_real is not None:  # what stands behind the end of a run is no token of it and sees nothing
+                ahead = ahead.masked_fill(~queries.is_real[..., None, None], 0.0)
+                logsum = logsum.masked_fill(~queries.is_real[..., None], math.inf)
             found = _flash_backward(
                 _heads(ahead),
-                _heads(query[part.queries]),
-                _heads(key[keys]),
-                _heads(value[keys]),
-                _heads(output[part.queries]),
+                _heads(queries.take(query)),
+                _heads(keys.take(key)),
+                _heads(keys.take(value)),
+                _heads(queries.take(output)),
                 _heads(logsum),
                 0.0,
                 part.keys is None,
                 scale=context.scale,
             )
-            seen = part.is_real if part.keys is None else None
-            wholes = zip(gradients, (part.queries, keys, keys), (part.is_real, seen, seen), found, strict=True)
-            for whole, places, is_real, own in wholes:
-                whole[_chosen(places, is_real)] += _chosen(_heads(own), is_real)
+            for whole, runs, own in zip(gradients, (queries, keys, keys), found, strict=True):
+                runs.add(whole, _heads(own))
         return (*(item.to(saved[0].dtype) for item in gradients), None, None)
 
 
 def _heads(states: Tensor) -> Tensor:
     """[G, L, H, ...] -> [G, H, L, ...], or back."""
     return states.transpose(1, 2)
-
-
-def _chosen(values: Tensor, is_real: Tensor | None) -> Tensor:
-    return values if is_real is None else values[is_real]
 
 
 @torch.compiler.disable

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,15 +46,51 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Queries and keys of one call of a kernel without mask: G runs of Q tokens each, of like length and padded."""
+class Runs:
+    """G runs of neighbouring packed tokens, of like length and padded to the longest, L. No token is in two."""
 
-    queries: Tensor
-    """[G, Q] int64 numbers of packed tokens; 0 behind the end. None stands in two runs."""
+    index: Tensor
+    """[G, L] int64 numbers of packed tokens; 0 behind the end."""
     is_real: Tensor | None
-    """[G, Q] bool; None where all runs are of one length."""
-    keys: Tensor | None
-    """[G, K] int64: every query of a run sees all of its keys; None: the queries see each other in causal order."""
+    """[G, L] bool; None where all are of one length."""
+    start: int
+    """First token of the first run."""
+    step: int | None
+    """Tokens from the start of one run to that of the next; None where that differs or is negative, or where runs are
+    padded."""
+
+    def take(self, states: Tensor) -> Tensor:
+        """[G, L, ...] of [N, ...]; not copied where runs follow each other evenly."""
+        if self.step is None:
+            return states[self.index]
+        stride = states.stride()
+        return states[self.start :].as_strided((*self.index.shape, *states.shape[1:]), (self.step * stride[0], *stride))
+
+    def put(self, states: Tensor, values: Tensor) -> None:
+        """Write [G, L, ...] into [N, ...]; padding is left out."""
+        if self.step is None:
+            states[self._chosen(self.index)] = self._chosen(values)
+        else:
+            self.take(states).copy_(values)
+
+    def add(self, states: Tensor, values: Tensor) -> None:
+        """Add [G, L, ...] to [N, ...]; padding is left out."""
+        if self.step is None:
+            states[self._chosen(self.index)] += self._chosen(values)
+        else:
+            self.take(states).add_(values)
+
+    def _chosen(self, values: Tensor) -> Tensor:
+        return values if self.is_real is None else values[self.is_real]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries and keys of one call of a kernel without mask."""
+
+    queries: Runs
+    keys: Runs | None
+    """Every query of a run sees all of the run of keys; None: the queries see each other in causal order."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +110,8 @@ class TreeLayout:
     is_trunk: Tensor
     """[N] bool: token of a trunk, which all rows of its tree see."""
     parts: tuple[Part, ...]
-    """For kernels without a mask. First stretches in causal order, which hold every token once; then what tokens see
-    before their stretch: of the same row, and branches of their trunk."""
+    """For the CPU's kernels without a mask. First stretches in causal order, which hold every token once; then what
+    tokens see before their stretch: of the same row, and branches of their trunk."""
     groups: tuple[Group, ...]
     """The same for kernels that take a mask: trunks, and branches where there are any."""
     order: Tensor
@@ -183,7 +220,7 @@ def make_layout(batch: Batch, image_token_id: int | None) -> TreeLayout:
         rows=rows.int(),
         trees=batch.tree_index[rows].int(),
         is_trunk=tokens % length < batch.trunk_lengths[rows],
-        parts=_make_parts(trees, device),
+        parts=_make_parts(trees, device) if device.type == "cpu" else (),
         groups=groups,
         order=order,
         blocks=None if image_token_id is None else _blocks(batch.input_ids == image_token_id)[tokens].int(),
@@ -302,20 +339,30 @@ def _of_like_length(runs: list[_Run], keys: int | None, device: torch.device) ->
         keys: how many each run sees; None for stretches.
     """
     groups: list[list[_Run]] = []
-    for run in sorted(runs, key=lambda run: -run.size):
+    for run in sorted(runs, key=lambda run: (-run.size, run.start)):
         if not groups or run.size < LIKE_LENGTH * groups[-1][0].size:
             groups.append([])
         groups[-1].append(run)
-    parts = []
-    for group in groups:
-        queries, sizes = _pad([torch.arange(run.start, run.start + run.size, device=device) for run in group])
-        width = queries.shape[1]
-        is_real = None if group[-1].size == width else _before(sizes, width)
-        seen = None
-        if keys is not None:
-            seen = torch.tensor([run.keys for run in group], device=device)[:, None] + torch.arange(keys, device=device)
-        parts.append(Part(queries, is_real, seen))
-    return parts
+    return [
+        Part(
+            _runs([(run.start, run.size) for run in group], device),
+            None if keys is None else _runs([(run.keys, keys) for run in group], device),
+        )
+        for group in groups
+    ]
+
+
+def _runs(spans: list[tuple[int, int]], device: torch.device) -> Runs:
+    """
+    Args:
+        spans: first token and size of each.
+    """
+    index, sizes = _pad([torch.arange(start, start + size, device=device) for start, size in spans])
+    starts = [start for start, _ in spans]
+    is_even = len({size for _, size in spans}) == 1
+    steps = {after - before for before, after in pairwise(starts)} or {0}
+    step = steps.pop() if is_even and len(steps) == 1 and min(steps) >= 0 else None
+    return Runs(index, None if is_even else _before(sizes, index.shape[1]), starts[0], step)
 
 
 def _make_groups(places: Tensor, trees: list[_PackedTree]) -> tuple[Group, ...]:

@@ -140,17 +140,20 @@ def test_parts_hold_all_that_is_seen_once_and_little_padding(stretch: int, monke
     size = len(trees.tokens)
     seen = torch.zeros(size, size, dtype=torch.int64)
     for part in trees.parts:
-        for run, queries in enumerate(part.queries.tolist()):
-            if part.is_real is not None:
-                assert sum(part.is_real[run].tolist()) >= 0.8 * len(queries)
-                queries = [token for token, is_real in zip(queries, part.is_real[run], strict=True) if is_real]
+        keys = part.keys or part.queries
+        for runs in (part.queries, keys):
+            assert torch.equal(runs.take(torch.arange(size)), runs.index)
+            real = runs.index if runs.is_real is None else runs.index[runs.is_real]
+            assert real.unique().numel() == real.numel() >= 0.8 * runs.index.numel()
+        for run, queries in enumerate(part.queries.index.tolist()):
+            if part.queries.is_real is not None:
+                queries = queries[: int(part.queries.is_real[run].sum())]
             for number, query in enumerate(queries):
-                seen[query, queries[: number + 1] if part.keys is None else part.keys[run]] += 1
-        real = part.queries if part.is_real is None else part.queries[part.is_real]
-        assert real.unique().numel() == real.numel()  # results are written without adding up
+                seen[query, queries[: number + 1] if part.keys is None else keys.index[run]] += 1
     numbers = torch.arange(size)
     assert torch.equal(seen, trees.sees(numbers[:, None], numbers[None, :], None).long())
-    assert stretch < 128 or any(part.is_real is not None for part in trees.parts)
+    assert stretch < 128 or any(part.queries.is_real is not None for part in trees.parts)
+    assert any(part.queries.step is None for part in trees.parts) and any(part.queries.step for part in trees.parts)
 
 
 def test_a_stretch_takes_a_short_rest_and_no_long_one() -> None:
@@ -164,6 +167,30 @@ def test_a_stretch_takes_a_short_rest_and_no_long_one() -> None:
     assert cut(160) == ([128, 32], {128: [32]})
     assert cut(601) == ([128, 128, 128, 128, 89], {512: [89], 256: [256], 128: [128, 128]})
     assert cut(520) == ([128, 128, 128, 136], {256: [264], 128: [128, 136]})
+
+
+def test_runs_that_follow_each_other_evenly_are_views() -> None:
+    states = torch.arange(24.0).reshape(12, 2)
+    device = states.device
+    for spans, is_view in (
+        ([(1, 3), (5, 3), (9, 3)], True),
+        ([(4, 5)], True),
+        ([(9, 3), (1, 3)], False),  # a stride cannot be negative
+        ([(0, 3), (3, 3), (7, 3)], False),
+        ([(0, 3), (4, 2)], False),
+    ):
+        runs = modeling_trees._runs(spans, device)
+        taken = runs.take(states)
+        assert (taken.untyped_storage().data_ptr() == states.untyped_storage().data_ptr()) == is_view
+        for run, (start, size) in enumerate(spans):
+            assert torch.equal(taken[run, :size], states[start : start + size])
+        written, added = torch.zeros_like(states), states.clone()
+        runs.put(written, taken)
+        runs.add(added, taken)
+        inside = torch.zeros(12, 1)
+        for start, size in spans:
+            inside[start : start + size] = 1
+        assert torch.equal(written, states * inside) and torch.equal(added, states * (1 + inside))
 
 
 def test_bfloat16_under_autocast_is_near_float64() -> None:
