@@ -29,12 +29,12 @@ INTRODUCTION = f"""\
 # Benchmarks
 
 Both ways take the same step of the same model, with fused AdamW, in turns: each has a process of its own, which sleeps
-while the other takes its step. Before each step the command waits until others use less than {QUIET:.0%} of the
+while the other takes its step. Before each timed step the command waits until others use less than {QUIET:.0%} of the
 processors, for a minute at most; steps measured in spite of them, or during which they began, are counted as disturbed.
-Seconds are medians. Memory is what a step adds that is not timed: resident memory, looked at every 10 ms, less that
-before the step, when free memory is given back, gradients are freed and the optimizer's state exists. A ratio above 1
-means that we are faster; a share of memory below 1 means that we need less. That both ways compute the same loss and
-gradients (or tokens) is tested for every row.
+Seconds are medians. Memory is what one more step adds, which is not timed: resident memory, looked at every 10 ms, less
+that before the step, when free memory is given back, gradients are freed and the optimizer's state exists. A ratio
+above 1 means that we are faster; a share of memory below 1 means that we need less. That both ways compute the same
+loss and gradients (or tokens) is tested for every row.
 
 Models have random weights and real shapes: SmolLM2-135M behind a tower of 22 million parameters that rests, unless a
 row says otherwise. **Its vocabulary of {VOCABULARY:,} words is large for its size, which inflates what is won by

@@ -18,6 +18,9 @@ from triptych.core.config import load_tree, validate
 from triptych.stages.pipeline import find_stage
 from triptych.stages.table import STAGES
 
+FP32 = "train.runtime.precision=fp32"
+"""Argument of runs whose numbers are compared closer than bf16 allows, which `auto` takes where processors have it."""
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -125,7 +125,10 @@ def _head_for_few_rows(hf: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _attention_of_next_tokens(hf: PreTrainedModel) -> Iterator[None]:
-    """Inside the block our attention in the place of transformers' plain one: faster for one token at a time."""
+    """Inside the block our attention in the place of transformers' plain one: faster for one token at a time on CPUs.
+
+    Only for language models whose attention is known, as for trees.
+    """
     if hf.config.get_text_config()._attn_implementation != "sdpa" or tree_obstacle(hf) is not None:
         yield
         return

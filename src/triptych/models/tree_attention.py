@@ -3,7 +3,7 @@
 Three kernels compute the same: on CPUs the causal kernel on short stretches and the plain one on what lies before
 them, their results merged, so that no mask is read and little that is hidden computed; on CUDA devices flex attention;
 and, for what these two do not know (dropout, blocks of picture tokens or a short sliding window on a CPU), attention
-with a mask in groups.
+with a mask in groups. What is no tree goes to transformers' own, but for one token a row, as generation has it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from triptych.models.trees import TreeLayout
 
 TREE_ATTENTION = "triptych_trees"
-"""Name under which transformers knows the attention function; without trees it is the plain one (`sdpa`)."""
+"""Name under which transformers knows the attention function; without trees its result is the plain one's (`sdpa`)."""
 
 _UNKNOWN = ("softcap", "position_bias", "cache")
 """Options with which a next token's attention is left to transformers."""
@@ -54,7 +54,7 @@ def tree_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of packed trees, in the form that transformers calls; without `trees` its own (`sdpa`).
+    """Attention of packed trees, in the form that transformers calls; without `trees` what its own does (`sdpa`).
 
     Args:
         query: [1, H, N, D], without `trees` [B, H, N, D]; `key` and `value` may have fewer heads, each for several of
@@ -105,6 +105,7 @@ def _next_token(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale
 @torch.compiler.disable
 def merged(states: list[Tensor], trees: TreeLayout, scale: float) -> Tensor:
     """Attention without masks, for CPUs. [N, H, D] from query, key and value of that shape."""
+    assert trees.parts, "layouts on other devices have no parts"
     output: Tensor = _Merged.apply(*states, trees, scale)
     return output
 
@@ -116,8 +117,8 @@ class _Merged(torch.autograd.Function):
     gradients of each part follow from the joined output and the joined sum, as in the backward pass of flash attention
     (Dao et al. 2022, arXiv 2205.14135, section 3.1).
 
-    Computed in float32 at least: on CPUs the kernels are as fast in it as in half precision, over short stretches up to
-    four times as fast.
+    Computed in float32 at least: on CPUs the kernels are as fast in it as in half precision over hundreds of tokens,
+    and over short stretches up to four times as fast.
     """
 
     @staticmethod

@@ -57,7 +57,7 @@ class Runs:
     """First token of the first run."""
     step: int | None
     """Tokens from the start of one run to that of the next; None where that differs or is negative, or where runs are
-    padded."""
+    padded; 0 of a single run."""
 
     def take(self, states: Tensor) -> Tensor:
         """[G, L, ...] of [N, ...]; not copied where runs follow each other evenly."""
@@ -319,8 +319,8 @@ def _make_parts(trees: list[_PackedTree], device: torch.device) -> tuple[Part, .
 def _cut(start: int, size: int, stretches: list[_Run], ahead: dict[int, list[_Run]]) -> None:
     """Cut a row's tokens into stretches; what a stretch sees of the row before it goes to `ahead`, by number of keys.
 
-    Halves and halves of halves, always at a power of two of `STRETCH`, so that rows of all lengths can share calls; no
-    token is a query twice for one number of keys.
+    Halves and halves of halves, always at `STRETCH` times a power of two, so that rows of all lengths can share calls;
+    no token is a query twice for one number of keys.
     """
     if size < (1 + SHORT) * STRETCH:
         stretches.append(_Run(start, size, start))

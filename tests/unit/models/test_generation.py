@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tests.tiny import FAMILIES, noise, tiny_family
 from triptych.core.protocols import PictureProcessor
-from triptych.models import generation
+from triptych.models import generation, tree_attention
 from triptych.models.generation import Prompt, generate, prompt_inputs
 from triptych.models.growing_cache import GrowingLayer
 from triptych.models.pictures import make_pictures, model_inputs
@@ -160,3 +160,24 @@ def test_a_model_has_its_own_attention_back_after_an_answer(family: str) -> None
     model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(text._attn_implementation))
     generate(model, prompts(tokenizer, pictures), pictures, max_new_tokens=2, stop_ids=[0])
     assert before == text._attn_implementation == "sdpa" and set(seen) == {TREE_ATTENTION}
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    model.get_input_embeddings().register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        generate(model, prompts(tokenizer, pictures), pictures, max_new_tokens=2, stop_ids=[0])
+    assert text._attn_implementation == "sdpa"
+
+
+def test_next_tokens_of_one_prompt_attend_by_the_heads_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer, processor = tiny_family("llava")
+    pictures = make_pictures(model.config, processor, tokenizer)
+    seen: list[tuple[int, ...]] = []
+    plain = tree_attention._next_token
+    monkeypatch.setattr(
+        tree_attention, "_next_token", lambda query, *rest: seen.append(tuple(query.shape[:1])) or plain(query, *rest)
+    )
+    options: dict[str, Any] = {"max_new_tokens": 3, "stop_ids": [], "samples": 2}
+    generate(model, prompts(tokenizer, pictures)[:1], pictures, **options)
+    assert seen == [(2,)] * 3 * model.config.get_text_config().num_hidden_layers

@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tests.unit.data.test_sharing import make_row
 from triptych.core.types import ImageReference
 from triptych.data.collate import collate
+from triptych.models import tree_attention as modeling_attention
 from triptych.models import trees as modeling_trees
 from triptych.models.tree_attention import flexible, grouped, tree_attention
 from triptych.models.trees import TreeLayout, make_layout
@@ -205,6 +206,19 @@ def test_bfloat16_under_autocast_is_near_float64() -> None:
     wanted = torch.autograd.grad(expected.sum(), exact)
     for ours, theirs in zip(torch.autograd.grad(found.float().sum(), inputs), wanted, strict=True):
         assert (ours - theirs).norm() <= 0.02 * theirs.norm()
+
+
+def test_a_next_token_is_left_to_transformers_where_more_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 5, 8)
+    module = torch.nn.Identity()
+    module.num_key_value_groups = 2
+    with pytest.raises(ValueError, match="softcap"):
+        tree_attention(module, query, key, key, None, softcap=1.0)
+    monkeypatch.setattr(modeling_attention, "sdpa_attention_forward", lambda *_, **__: ("theirs", None))
+    mask = torch.ones(1, 1, 1, 5, dtype=torch.bool)
+    assert tree_attention(module, query, key, key, mask)[0] == "theirs"
+    assert tree_attention(module, key, key, key, None)[0] == "theirs"
+    assert isinstance(tree_attention(module, query, key, key, None)[0], Tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

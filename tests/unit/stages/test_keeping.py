@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.commands import triptych, write
+from tests.commands import FP32, triptych, write
 from tests.recipes.tiny_recipes import Files, tune
 from triptych.stages import keeping
 
@@ -49,8 +49,8 @@ def stop_before_the_end(run: Path, decision: str) -> None:
 @pytest.mark.requirement("I-17")
 def test_a_run_that_keeps_features_learns_the_same(files: Files, tmp_path: Path) -> None:
     plain, kept = tmp_path / "plain", tmp_path / "kept"
-    assert triptych("train", recipe(files, plain, features={"keep": "never"})).status == 0
-    done = triptych("train", recipe(files, kept, features={"keep": "always"}))
+    assert triptych("train", recipe(files, plain, features={"keep": "never"}), FP32).status == 0
+    done = triptych("train", recipe(files, kept, features={"keep": "always"}), FP32)
     assert done.status == 0, done.err
     assert "features of pictures: kept, as the recipe says" in done.out
     assert losses(kept) == pytest.approx(losses(plain), rel=1e-5)

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from tests.commands import read_recipe, triptych, write
+from tests.commands import FP32, read_recipe, triptych, write
 from tests.recipes.tiny_recipes import Files, preference
 from tests.tiny import noise
 from triptych.core.errors import ModelError
@@ -52,7 +52,7 @@ def test_a_run_learns_the_same_as_with_a_frozen_copy(files: Files, tmp_path: Pat
     results = []
     for kind in ("frozen", "precomputed"):
         file = recipe(files, tmp_path / kind, reference=kind, evaluation=held_out)
-        done = triptych("train", file)
+        done = triptych("train", file, FP32)
         assert done.status == 0, done.err
         results.append(json.loads((tmp_path / kind / "run" / "finished.json").read_text())["evaluation"])
     assert losses(tmp_path / "precomputed") == pytest.approx(losses(tmp_path / "frozen"), rel=1e-5)
@@ -64,7 +64,7 @@ def test_the_pass_of_the_reference_counts_for_keeping_features(files: Files, tmp
     reasons = {}
     for kind in ("frozen", "precomputed"):
         file = recipe(files, tmp_path / kind, reference=kind, loader={"epochs": 1})
-        assert triptych("train", file).status == 0
+        assert triptych("train", file, FP32).status == 0
         reasons[kind] = json.loads((tmp_path / kind / "run" / "features.json").read_text())["reason"]
     assert reasons["frozen"] == "1 passes over the data show hardly a picture twice"
     assert "ms to read" in reasons["precomputed"]  # it was worth a look
@@ -83,7 +83,7 @@ def test_pairs_about_one_picture_may_share_it(files: Files, tmp_path: Path) -> N
     for name, rows, trees in (("apart", 1, False), ("together", 8, True), ("as rows", 8, False)):
         loader = {"global_batch": 8, "micro_batch": 8, "epochs": 2, "rows_per_picture": rows}
         file = recipe(files, tmp_path / name, data=data, trees=trees, loader=loader, features={"keep": "always"})
-        assert triptych("train", file).status == 0
+        assert triptych("train", file, FP32).status == 0
         found[name] = losses(tmp_path / name)
         weights[name] = load_file(tmp_path / name / "run" / "model" / "model.safetensors")
     for name in ("together", "as rows"):
