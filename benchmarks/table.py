@@ -58,8 +58,8 @@ TARGETS: Mapping[str, Target] = {
 TURNS = Turns(least=2, most=5, seconds=45)
 OTHER_TURNS: Mapping[str, Turns] = {
     # Half a second, so that a moment's disturbance shows.
-    "loader_vqa": Turns(least=21, most=21),
-    "loader_vqa_draft": Turns(least=21, most=21),
+    "loader_vqa": Turns(least=41, most=41),
+    "loader_vqa_draft": Turns(least=41, most=41),
     "loader_vqa_thread": Turns(least=11, most=11),
     "loader_vqa_draft_thread": Turns(least=11, most=11),
 }

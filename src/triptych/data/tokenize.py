@@ -207,7 +207,11 @@ class ConversationEncoder:
         done: set[int] = set()
         plain: list[int] = []  # tokens of the segment `owner`, added together
         owner = segments[0]
+        low, high = 0, stops[0]  # where its text begins and ends
         for token, start, stop in self._text.encode(text, continues):
+            if low <= start < stop <= high and owner.image is None and token not in self._text.control_ids:
+                plain.append(token)  # as most are: all of it lies in the same segment
+                continue
             first, last = _trim(text, start, stop)
             index = min(bisect.bisect_right(stops, first), len(segments) - 1)
             end_index = min(bisect.bisect_right(stops, last), len(segments) - 1)
@@ -217,6 +221,7 @@ class ConversationEncoder:
             if is_picture or is_spelled or segment is not owner:
                 row.append(plain, owner)
                 plain, owner = [], segment
+                low, high = stops[index] - len(segment.text), stops[index]
             if is_picture:
                 if index != end_index:
                     raise ModelError(
