@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from torch import Tensor
 
-from tests.commands import read_recipe, write
+from tests.commands import FP32, read_recipe, write
 from tests.invariants.toys import relative_distance, runtime
 from tests.recipes.tiny_recipes import preference, tune, write_files
 from triptych.core.types import Progress
@@ -49,7 +49,7 @@ def test_loss_and_gradients_do_not_depend_on_the_limit(
 
 def step(file: Path, limit: str, build: Any) -> tuple[int, float, dict[str, Tensor]]:
     """Micro-batches, loss and gradients of the first step without dropout."""
-    recipe = read_recipe(file, limit, "train.runtime.precision=fp32")
+    recipe = read_recipe(file, limit, FP32)
     seed_everything(0)
     built: Built = build(recipe)
     engine = runtime()

@@ -284,7 +284,8 @@ class Loader:
         positions = range(epoch * length + start, epoch * length + start + size)
         share = positions[self._rank * size // self._world_size : (self._rank + 1) * size // self._world_size]
         bad: list[tuple[Origin, DataError]] = []
-        split = split_examples(list(self._load(share, bad)), self._budget, self._config.group_by_length)
+        split = split_examples(self._load(share, bad), self._budget, self._config.group_by_length)
+        # One by one: a window of thousands of rows takes less memory collated than read.
         batches = [collate(examples) for examples in split]
         window = Window(
             index=number,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from triptych.core.types import Example
@@ -52,36 +52,41 @@ class Load:
         )
 
 
-def split_examples(examples: Sequence[Example], budget: Budget, by_length: bool) -> list[list[Example]]:
-    """The examples of each micro-batch.
+def split_examples(examples: Iterable[Example], budget: Budget, by_length: bool) -> Iterator[list[Example]]:
+    """Yield the examples of each micro-batch, as soon as it is known.
 
     Examples that follow each other and share a beginning are one tree, split only where it alone is over the budget. An
     example over the budget of tokens gets a micro-batch of its own.
 
     Args:
-        by_length: trees of like length together, so that rows need little padding; otherwise in order.
+        examples: read as they are needed: who keeps less of a micro-batch than its examples never holds all of them.
+        by_length: trees of like length together, so that rows need little padding, which reads all before the first
+            micro-batch; otherwise in order.
     """
     trees = _trees_within(examples, budget)
-    if by_length:
-        trees.sort(key=lambda tree: tree.longest)
-    batches: list[list[Example]] = []
+    batch: list[Example] = []
     load = Load()
-    for tree in trees:
+    for tree in sorted(trees, key=lambda tree: tree.longest) if by_length else trees:
         more = load.with_tree(tree)
-        if not batches or not budget.allows(more):
-            batches.append([])
+        if batch and not budget.allows(more):
+            yield batch
+            batch = []
             more = Load().with_tree(tree)
-        batches[-1] += tree.examples
+        batch += tree.examples
         load = more
-    return batches
+    if batch:
+        yield batch
 
 
-def _trees_within(examples: Sequence[Example], budget: Budget) -> list[Tree]:
-    trees: list[Tree] = []
+def _trees_within(examples: Iterable[Example], budget: Budget) -> Iterator[Tree]:
+    tree: Tree | None = None
     for example in examples:
-        longer = trees[-1].with_example(example) if trees else None
+        longer = tree.with_example(example) if tree is not None else None
         if longer is not None and budget.allows(Load().with_tree(longer)):
-            trees[-1] = longer
-        else:
-            trees.append(plant(example))
-    return trees
+            tree = longer
+            continue
+        if tree is not None:
+            yield tree
+        tree = plant(example)
+    if tree is not None:
+        yield tree

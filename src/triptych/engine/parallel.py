@@ -184,8 +184,11 @@ class Runtime:
             self.scaler.load_state_dict(dict(state))
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, all ranks together; for the end of a run that went well."""
         if dist.is_initialized():
+            # A thread of gloo that lets go of the last collective's tensors needs Python, and aborts the process where
+            # Python is ending already. The barrier waits for such threads without holding Python.
+            dist.barrier()
             dist.destroy_process_group()
 
     def _wrap_ddp(self, scorer: nn.Module) -> nn.Module:

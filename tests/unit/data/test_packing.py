@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,7 +48,7 @@ def test_every_example_once_within_the_budget(
     rows: list[tuple[int | None, int, int]], most: int | None, tokens: int | None, by_length: bool
 ) -> None:
     examples = [example(line, *row) for line, row in enumerate(rows, start=1)]
-    batches = split_examples(examples, Budget(most, tokens), by_length)
+    batches = list(split_examples(examples, Budget(most, tokens), by_length))
     lines = [item.origin.line for batch in batches for item in batch]
     assert sorted(lines) == list(range(1, len(rows) + 1))
     if not by_length:
@@ -100,3 +102,19 @@ def test_rows_of_different_pictures_or_none_are_no_tree() -> None:
     examples = [example(1, 0, own=2), example(2, 1, own=2), example(3, None, own=2), example(4, None, own=2)]
     assert collate(examples).tree_index.tolist() == [0, 1, 2, 3]
     assert [len(batch) for batch in split_examples(examples, Budget(tokens=40), by_length=False)] == [1, 3]
+
+
+def test_micro_batches_come_while_examples_are_read() -> None:
+    """So the examples of one micro-batch are held at a time, not those of a window of thousands of rows."""
+    read: list[int] = []
+
+    def examples() -> Iterator[Example]:
+        for line in range(1, 10):
+            read.append(line)
+            yield example(line, line, own=2)
+
+    for number, batch in enumerate(split_examples(examples(), Budget(examples=3), by_length=False), start=1):
+        assert [item.origin.line for item in batch] == [3 * number - 2, 3 * number - 1, 3 * number]
+        # The next example does not fit; that the tree it begins has ended, the one after it shows.
+        assert len(read) == min(9, 3 * number + 2)
+    assert number == 3

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands import read_recipe, triptych, write
+from tests.commands import FP32, read_recipe, triptych, write
 from tests.recipes.tiny_recipes import Files, preference
 from triptych.core.errors import ModelError
 from triptych.models.reference import AdapterOffReference, FrozenReference
@@ -48,7 +48,7 @@ def test_training_starts_at_the_reference_and_prefers_the_chosen_answers(
         changes = {"tuning": tuning, "model": {**model, "language": language}}
     changes["reference"] = kind
     file = recipe(files, tmp_path, evaluation=held_out, **changes)
-    done = triptych("train", file, "train.runtime.precision=fp32")
+    done = triptych("train", file, FP32)
     assert done.status == 0, done.err
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["event"] == "step"]
