@@ -152,8 +152,7 @@ class _Merged(torch.autograd.Function):
         for part in context.trees.parts:
             queries, keys = part.queries, part.keys or part.queries
             ahead, logsum = queries.take(gradient), queries.take(total)
-            if queries.is_real is not None:  # what stands behind the end of a run is no token of it and sees nothing
-                ahead = ahead.masked_fill(~queries.is_real[..., None, None], 0.0)
+            if queries.is_real is not None:  # what stands behind the end of a run is no token of it: it sees nothing
                 logsum = logsum.masked_fill(~queries.is_real[..., None], math.inf)
             found = _flash_backward(
                 _heads(ahead),
