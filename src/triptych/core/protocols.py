@@ -208,8 +208,11 @@ def join_pixels(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Join along the first dimension; where others differ (pictures with fewer tiles), zeros are added behind.
 
     Args:
-        parts: vision inputs by name, each [n, ...] and all with the same names; at least one.
+        parts: vision inputs by name, each [n, ...] and all with the same names; at least one. A single one's tensors
+            come back as they are.
     """
+    if len(parts) == 1:
+        return dict(parts[0])
     return {name: _join([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend
@@ -23,6 +25,9 @@ Size = tuple[int, int]
 """(width, height) in pixels."""
 Preparation = Callable[[Image.Image, Size], dict[str, Tensor]]
 """(RGB picture, the size it had before it was reduced) -> vision inputs of this picture alone."""
+
+_INTERPOLATED = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
+"""Filters with which torch resizes bytes, and its names for them."""
 
 PROBES: tuple[Size, ...] = ((61, 43), (37, 80))
 """Sizes of the pictures that both ways are compared on."""
@@ -48,21 +53,33 @@ class PictureValues:
             size: to make it.
             whole: the size of the whole picture.
         """
-        if whole is None or picture.size == whole:
-            return picture.resize(size, self._resample)
-        # The longer side tells by how much it was divided; that of a few pixels may fit several numbers.
-        factor = math.ceil(max(whole) / max(picture.size))
-        # The last column and row of a reduced picture may stand for less than a full one.
-        return picture.resize(size, self._resample, box=(0, 0, whole[0] / factor, whole[1] / factor))
+        resized = self._resize(picture, size, whole)
+        return resized if isinstance(resized, Image.Image) else Image.fromarray(resized)
 
-    def normalise(self, picture: Image.Image) -> Tensor:
-        """[3, H, W] of an RGB picture."""
+    def values(self, picture: Image.Image, size: Size, whole: Size | None = None) -> Tensor:
+        """[3, H, W]: the picture at this size, see `resize`, and normalised."""
+        return self.normalise(self._resize(picture, size, whole))
+
+    def normalise(self, picture: Image.Image | NDArray[np.uint8]) -> Tensor:
+        """[3, H, W] of an RGB picture, or of its levels [H, W, 3]."""
         levels = np.asarray(picture)
         values = np.empty((3, *levels.shape[:2]), self._table.dtype)
         for channel, table in enumerate(self._table):
             # `clip` only lets numpy skip its check: a byte cannot leave the table.
             np.take(table, levels[..., channel], out=values[channel], mode="clip")
         return torch.from_numpy(values)
+
+    def _resize(self, picture: Image.Image, size: Size, whole: Size | None) -> Image.Image | NDArray[np.uint8]:
+        if whole is None or picture.size == whole:
+            return picture.resize(size, self._resample)
+        # The longer side tells by how much it was divided; that of a few pixels may fit several numbers.
+        factor = math.ceil(max(whole) / max(picture.size))
+        # The last column and row of a reduced picture may stand for less than a full one.
+        covered = whole[0] / factor, whole[1] / factor
+        mode = _INTERPOLATED.get(self._resample)
+        if mode is None or any(new > old for new, old in zip(size, covered, strict=True)):
+            return picture.resize(size, self._resample, box=(0, 0, *covered))
+        return _interpolate(picture, size, covered, mode)
 
 
 class SizedPixels:
@@ -100,10 +117,11 @@ class SizedPixels:
         crop = self._image_processor.crop_size if crops(self._image_processor) else None
 
         def prepare(picture: Image.Image, size: Size) -> dict[str, Tensor]:
+            if crop is None:
+                return {"pixel_values": values.values(picture, resized_to(*size), size)[None]}
             resized = values.resize(picture, resized_to(*size), size)
-            if crop is not None:
-                left, top = (resized.width - crop["width"]) // 2, (resized.height - crop["height"]) // 2
-                resized = resized.crop((left, top, left + crop["width"], top + crop["height"]))
+            left, top = (resized.width - crop["width"]) // 2, (resized.height - crop["height"]) // 2
+            resized = resized.crop((left, top, left + crop["width"], top + crop["height"]))
             return {"pixel_values": values.normalise(resized)[None]}
 
         return prepare
@@ -134,6 +152,21 @@ def agree(ours: Preparation, theirs: Preparation, probes: Sequence[Size] = PROBE
 def crops(image_processor: Any) -> bool:
     """Whether an image processor cuts out the centre."""
     return bool(image_processor.to_dict().get("do_center_crop"))
+
+
+def _interpolate(picture: Image.Image, size: Size, covered: tuple[float, float], mode: str) -> NDArray[np.uint8]:
+    """Levels [H, W, 3] of `picture.resize(size, box=(0, 0, *covered))` in a quarter of its time, few of them one off.
+
+    Args:
+        size: no side is longer than covered.
+        covered: how much of the picture the whole of it is resized from: less than a pixel of each side is left out.
+        mode: torch's name of the filter.
+    """
+    levels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    # torch takes factors instead of a box, and rounds the sides they lead to down: less than a pixel more is no pixel.
+    factors = [(new + 1e-6) / old for new, old in zip(reversed(size), reversed(covered), strict=True)]
+    resized = F.interpolate(levels, scale_factor=factors, mode=mode, antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def _is_equal(first: Tensor, second: Tensor) -> bool:

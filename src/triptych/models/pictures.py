@@ -175,7 +175,7 @@ class GridPictures:
 
     def _prepare(self, picture: Image.Image, size: Size) -> dict[str, Tensor]:
         processor = self._image_processor
-        values = self._values.normalise(self._values.resize(picture, self._resized_to(*size), size)).numpy()
+        values = self._values.values(picture, self._resized_to(*size), size).numpy()
         patches, rows, columns = processor.patchify(
             values, processor.patch_size, processor.merge_size, processor.temporal_patch_size
         )
@@ -255,7 +255,7 @@ class MarkedTilePictures:
         whole = self._values.resize(picture, (max(1, columns) * self._tile, max(1, rows) * self._tile))
         tiles = _cut(self._values.normalise(whole), self._tile, self._tile)
         if rows:
-            small = self._values.normalise(self._values.resize(whole, (self._tile, self._tile)))
+            small = self._values.values(whole, (self._tile, self._tile))
             tiles = torch.cat([tiles, small[None]])
         mask = torch.ones(1, len(tiles), self._tile, self._tile, dtype=torch.int64)
         return {"pixel_values": tiles[None], "pixel_attention_mask": mask}
@@ -329,10 +329,9 @@ class TilePictures:
     def _prepare(self, picture: Image.Image, size: Size) -> dict[str, Tensor]:
         columns, rows = self._grid(*size)
         width, height = int(self._image_processor.size["width"]), int(self._image_processor.size["height"])
-        whole = self._values.resize(picture, (columns * width, rows * height), size)
-        tiles = _cut(self._values.normalise(whole), width, height)
+        tiles = _cut(self._values.values(picture, (columns * width, rows * height), size), width, height)
         if len(tiles) > 1:
-            thumbnail = self._values.normalise(self._values.resize(picture, (width, height), size))
+            thumbnail = self._values.values(picture, (width, height), size)
             tiles = torch.cat([tiles, thumbnail[None]])
         return {"pixel_values": tiles, PICTURE_TILES: torch.tensor([len(tiles)])}
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -104,6 +107,26 @@ def test_a_thin_picture_was_divided_by_the_same_number_both_ways() -> None:
     whole, found = (values.resize(*given) for given in ((ramp, (9, 3)), (reduced, (9, 3), ramp.size)))
     rows = [[item.getpixel((4, row))[0] for row in range(3)] for item in (whole, found)]  # type: ignore[index]
     assert rows[1] == pytest.approx(rows[0], abs=6)
+
+
+@pytest.mark.parametrize("resample", ["BILINEAR", "BICUBIC", "LANCZOS"])
+@settings(max_examples=60)
+@given(st.data())
+def test_a_reduced_picture_is_resized_as_pillow_does(resample: str, data: st.DataObject) -> None:
+    """Of any size, by any number; bytes that torch resizes may be a level off, others not."""
+    width, height = (data.draw(st.integers(64, 400)) for _ in range(2))
+    factor = data.draw(st.integers(2, 8))
+    size = (data.draw(st.integers(8, width // factor)), data.draw(st.integers(8, height // factor)))
+    reduced = noise(width, height, seed=width).reduce(factor)
+    values = PictureValues(SiglipImageProcessorPil(resample=Image.Resampling[resample]))
+    found = values.resize(reduced, size, (width, height))
+    expected = reduced.resize(size, Image.Resampling[resample], box=(0, 0, width / factor, height / factor))
+    assert found.size == size
+    difference = np.abs(np.asarray(found).astype(int) - np.asarray(expected).astype(int))
+    assert difference.max() <= (0 if resample == "LANCZOS" else 2)
+    assert difference.mean() < 0.25  # a tenth of a pixel's shift would be several levels
+    normalised = values.values(reduced, size, (width, height))
+    assert torch.equal(normalised, values.normalise(found))
 
 
 def test_agreement_is_bit_for_bit_and_by_name() -> None:
