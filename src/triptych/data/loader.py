@@ -85,7 +85,7 @@ class LoaderConfig(Config):
     """Most rows about one picture that follow each other, so that it is computed once for all of them; 1 draws every
     row by itself, as contrastive stages always do. Default: an eighth of `global_batch`, at most 8, so that a step
     still sees eight pictures. Pictures inside table rows or archives are told apart by their row, not by their bytes:
-    only what one row asks about its picture is grouped there."""
+    only what one row asks about its picture is grouped there, and with weights only rows of one data set."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the data; give this or `steps`."""
     steps: int | None = Field(default=None, ge=1)

@@ -7,6 +7,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -157,3 +158,21 @@ def bootstrap_interval(
         means[draw] = sums[chosen].sum() / sizes[chosen].sum()
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def share_interval(right: Sequence[float], clusters: Sequence[str]) -> tuple[float, float]:
+    """95 % interval of a share: `bootstrap_interval`, but where all answers are alike Wilson's score interval.
+
+    Resamples of nothing but wrong answers are all wrong, which says nothing about how sure that is; Wilson 1927, with
+    one independent answer a cluster, gives 0 to z^2 / (n + z^2).
+
+    Args:
+        right: 1 or 0 an answer.
+        clusters: as for `bootstrap_interval`.
+    """
+    low, high = bootstrap_interval(right, clusters)
+    if min(right) < max(right):
+        return low, high
+    z_squared = NormalDist().inv_cdf(0.975) ** 2
+    bound = z_squared / (len(set(clusters)) + z_squared)
+    return (1 - bound, 1.0) if right[0] else (0.0, bound)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from triptych.evaluation.answers import Answer
-from triptych.evaluation.metrics import bare_number, bootstrap_interval, normalise_answer, number_of
+from triptych.evaluation.metrics import bare_number, bootstrap_interval, normalise_answer, number_of, share_interval
 
 MOST_CHOICES = 12
 """A task whose truths are at most this many different answers has a confusion table."""
@@ -20,7 +20,7 @@ class TaskSummary:
     accuracy: float
     """Share of right answers, 0 to 1."""
     low: float
-    """Lower end of the 95 % bootstrap interval of the accuracy, samples drawn as a whole."""
+    """Lower end of the 95 % interval of the accuracy, samples drawn as a whole, see `share_interval`."""
     high: float
     """Upper end."""
     n: int
@@ -49,7 +49,7 @@ def summarise(answers: Sequence[Answer]) -> dict[str, TaskSummary]:
 
 def _summarise(answers: Sequence[Answer], is_task: bool) -> TaskSummary:
     right = [float(answer.is_right) for answer in answers]
-    low, high = bootstrap_interval(right, [answer.origin for answer in answers])
+    low, high = share_interval(right, [answer.origin for answer in answers])
     error, without = count_error(answers) if is_task else (None, 0)
     return TaskSummary(
         sum(right) / len(right), low, high, len(right), error, without, confusion(answers) if is_task else {}

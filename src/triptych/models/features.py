@@ -1,8 +1,8 @@
 """Features of frozen vision towers on disk: a picture that was seen once is never run through the tower again.
 
 A cache is a folder of safetensors files, each written whole or not at all, so that a crash loses only what was not
-written yet. Files are memory-mapped; nothing is read before it is asked for. A picture's key is a digest of its bytes;
-the folder belongs to one tower with one image processor, see `tower_key`.
+written yet. Files are memory-mapped; nothing is read before it is asked for, and then compared with its checksum, once.
+A picture's key is a digest of its bytes; the folder belongs to one tower with one image processor, see `tower_key`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ from triptych.core.errors import ModelError
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 * 2**20
-"""Features are written once this much has come together."""
+"""Features are written once this much has come together,"""
+SHARD_SECONDS = 60.0
+"""or the first of them has waited so long: what a crash loses."""
 _SEPARATOR = "/"
 _ABANDONED = 3600.0
 """Seconds after which a file that is not whole belongs to no process any more."""
@@ -42,13 +45,20 @@ class FeatureCache:
     whenever it wrote one. Threads may share one object.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limit_bytes: int | None = None,
+        shard_bytes: int = SHARD_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Open the folder, which is made if absent. Files that were cut off are removed, those that may not be read are
         left alone; both are said.
 
         Args:
-            limit_bytes: nothing is added once the folder holds this much; what is there stays in use.
+            limit_bytes: nothing is added once the folder holds this much, which is said; what is there stays in use.
             shard_bytes: size of a file.
+            clock: seconds.
 
         Raises:
             ModelError: the folder cannot be made or listed.
@@ -56,6 +66,10 @@ class FeatureCache:
         self._folder = folder
         self._limit = limit_bytes
         self._shard_bytes = shard_bytes
+        self._clock = clock
+        self._since = clock()
+        self._checked: set[str] = set()
+        self._said_full = False
         self._places: dict[str, tuple[Path, list[str]]] = {}
         self._open: dict[Path, Any] = {}
         self._waiting: dict[str, dict[str, Tensor]] = {}
@@ -90,8 +104,10 @@ class FeatureCache:
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of a picture, on the CPU, memory-mapped; None where it is not known.
 
+        That goes for what is no longer what was written, too: its file is removed.
+
         Raises:
-            ModelError: the file that held it is gone or damaged since it was looked at.
+            ModelError: the file that held it is gone or cut off since it was looked at.
         """
         with self._lock:
             if key in self._waiting:
@@ -104,7 +120,14 @@ class FeatureCache:
                     self._open[file] = _open(file)
                 except (SafetensorError, OSError) as error:
                     raise _refusal(file, "read", error) from error
-            return {name: self._open[file].get_tensor(f"{key}{_SEPARATOR}{name}") for name in names}
+            found = {name: self._open[file].get_tensor(f"{key}{_SEPARATOR}{name}") for name in names}
+            if key not in self._checked:
+                written = self._open[file].metadata() or {}
+                if any(written.get(f"{key}{_SEPARATOR}{name}") != _checksum(value) for name, value in found.items()):
+                    self._drop(file)
+                    return None
+                self._checked.add(key)
+            return found
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Remember a picture; does nothing where it is known or the cache is full.
@@ -113,12 +136,17 @@ class FeatureCache:
             ModelError: as `flush`.
         """
         with self._lock:
-            if key in self or self.is_full:
+            if key in self:
                 return
+            if self.is_full:
+                self._say_full()
+                return
+            if not self._waiting:
+                self._since = self._clock()
             kept = {name: value.detach().cpu().clone() for name, value in tensors.items()}
             self._waiting[key] = kept
             self._waiting_bytes += sum(value.nbytes for value in kept.values())
-            if self._waiting_bytes >= self._shard_bytes:
+            if self._waiting_bytes >= self._shard_bytes or self._clock() - self._since >= SHARD_SECONDS:
                 self.flush()
 
     def flush(self) -> None:
@@ -145,7 +173,7 @@ class FeatureCache:
         aside = file.with_suffix(".part")
         try:
             with open(aside, "wb") as stream:
-                stream.write(save(joined))
+                stream.write(save(joined, {name: _checksum(value) for name, value in joined.items()}))
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(aside, file)
@@ -155,6 +183,25 @@ class FeatureCache:
             raise _refusal(self._folder, "written", error) from error
         self._waiting, self._waiting_bytes = {}, 0
         self._look()
+
+    def _drop(self, file: Path) -> None:
+        logger.warning("%s is damaged (a checksum differs): what it held is computed again", file)
+        with suppress(OSError):
+            self._bytes -= file.stat().st_size
+        _remove(file)
+        self._open.pop(file)
+        self._files.remove(file.name)
+        for key in [key for key, (place, _) in self._places.items() if place == file]:
+            del self._places[key]
+
+    def _say_full(self) -> None:
+        if not self._said_full:
+            logger.warning(
+                "%s holds %.3g GiB, which is its limit: what it does not hold is computed each time",
+                self._folder,
+                (self._bytes + self._waiting_bytes) / 2**30,
+            )
+        self._said_full = True
 
     def _look(self) -> None:
         """Take in files that are new in the folder; the limit holds for those of all processes together."""
@@ -182,6 +229,10 @@ class FeatureCache:
             if known[0] == file:
                 known[1].append(name)
         return file.stat().st_size
+
+
+def _checksum(tensor: Tensor) -> str:
+    return f"{zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data):08x}"
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -61,17 +61,25 @@ class VlmConfig(Config):
     """Hub id or folder of any AutoModelForImageTextToText checkpoint."""
     vision: VisionConfig | None = None
     """Vision tower of a composed model."""
-    connector: ConnectorConfig = MlpConnectorConfig()
-    """What maps vision features into the language model of a composed model; always new."""
+    connector: ConnectorConfig | None = None
+    """What maps vision features into the language model of a composed model; always new. Default: an MLP."""
     language: LanguageConfig | None = None
     """Language model of a composed model."""
     tokens: TokensConfig = TokensConfig()
     """Tokens to add to the vocabulary."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_connector(cls, values: Any) -> Any:
+        """Only where there is one, so that a recipe that was written with every default can be read again."""
+        if isinstance(values, dict) and values.get("from") is None and values.get("connector") is None:
+            return {**values, "connector": MlpConnectorConfig()}
+        return values
+
     @model_validator(mode="after")
     def _check_parts(self) -> VlmConfig:
         parts = self.vision is not None, self.language is not None
-        if self.source is not None and (any(parts) or "connector" in self.model_fields_set):
+        if self.source is not None and (any(parts) or self.connector is not None):
             raise ValueError("`from` is a whole model; leave out `vision`, `connector` and `language`")
         if self.source is None and not all(parts):
             raise ValueError("give `from` (a whole model), or both `vision` and `language` (a composed one)")
@@ -120,6 +128,7 @@ def load_vlm(config: VlmConfig, *, dtype: torch.dtype = torch.float32, chat_temp
     tokens = register_tokens(tokenizer, config.tokens, special)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = PAD_TOKEN
+    assert config.connector is not None, "filled in where there is no `from`"
     model = _compose(config.connector, tower, language, tokens.ids[IMAGE_TOKEN], config.vision.feature_layer)
     tokens = replace(tokens, new_ids=grow_embeddings(model, tokenizer, tokens.new_ids))
     own = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None

@@ -72,6 +72,14 @@ class Built:
     """Passes over all pictures that this takes."""
     lint: Callable[[], list[Problem]] = field(default=list)
     """Look for faults of the conversation template itself."""
+    notes: Sequence[str] = ()
+    """What was decided where the recipe left it open, a line each."""
+
+    def show(self, console: Console) -> None:
+        """Print the tuning plan and the notes."""
+        console.print(self.plan.table())
+        for note in self.notes:
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
 
     @property
     def groups(self) -> list[ParameterGroup]:

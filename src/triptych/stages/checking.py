@@ -55,7 +55,7 @@ def _check_stage(stage: Stage, samples: int, console: Console) -> bool:
         seed_everything(recipe.train.seed)
         built = stage.build(recipe)
         preflight(recipe, built)
-        console.print(built.plan.table())
+        built.show(console)
         if recipe.loader.micro_batch == "auto":
             console.print(PLANNED)
         findings += [Finding("warning", problem, "template") for problem in built.lint()]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,11 +23,12 @@ from triptych.models.vision import VisionSide, store_obstacle, tower_state
 from triptych.stages.build import Built
 from triptych.stages.locate import at_key
 from triptych.stages.recipe import StageRecipe, VlmRecipe
+from triptych.stages.state_files import read_state, write_state
 
 DECISION = "features.json"
 """In the folder of the run: whether states are kept. A resumed run decides as the first did: pictures go through the
 tower one by one where states are kept, in batches where they are not, which differ in rounding."""
-FORMAT = 1
+FORMAT = 2
 """Of what is kept; another one makes all that was kept unknown."""
 PROBED = 3
 """Pictures that the probe computes and reads."""
@@ -58,22 +59,19 @@ def open_store(
     if keeps and obstacle is not None:  # on every rank, or the others would wait
         raise _refusal(obstacle, "or resume as the run began")
     if is_main():
-        text = json.dumps({"keeps": keeps, "reason": reason}, indent=1) + "\n"
-        aside = output / f"{DECISION}.part"
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(output / DECISION)  # whole or not at all: a resumed run reads it
+        write_state(output / DECISION, {"keeps": keeps, "reason": reason})
+    store = _open(recipe, built, runtime) if keeps else None
     console.print(f"features of pictures: {'kept' if keeps else 'not kept'}, {reason}", highlight=False)
-    if not keeps:
+    if store is None:
         return None
-    store = _open(recipe, built, runtime)
     built.vision.store = store
     return store
 
 
 def _recall(file: Path) -> tuple[bool, str]:
-    if not file.is_file():
+    decision = read_state(file)
+    if decision is None:
         return False, "as before this run was interrupted"  # by a version that kept nothing
-    decision = json.loads(file.read_text(encoding="utf-8"))
     return bool(decision["keeps"]), str(decision["reason"])
 
 
@@ -90,11 +88,24 @@ def _decide(
         return config.keep == "always", "as the recipe says"
     if obstacle is not None:
         return False, obstacle
-    passes = built.passes_before + recipe.loader.passes(sum(len(dataset) for dataset in built.datasets))
+    shown = _times_shown(recipe, built)
     store = _open(recipe, built, runtime)
-    if passes < 2 and not len(store):
-        return False, f"{passes:.3g} passes over the data show hardly a picture twice"
+    if shown < 2 and not len(store):
+        return False, f"a picture goes through the tower {shown:.1f} times on average, which is hardly twice"
     return _probe(built, vision, runtime)
+
+
+def _times_shown(recipe: VlmRecipe, built: Built) -> float:
+    """How often a picture would go through the tower in this run, on average; rows that follow each other share it."""
+    rows: Counter[object] = Counter()
+    for dataset in built.datasets:
+        rows.update(key for index in range(len(dataset)) if (key := dataset.picture_key(index)) is not None)
+    if not rows:
+        return 0.0
+    together = recipe.loader.most_per_picture
+    in_a_pass = sum(-(-number // together) for number in rows.values()) / len(rows)
+    passes = built.passes_before + recipe.loader.passes(sum(len(dataset) for dataset in built.datasets))
+    return passes * in_a_pass
 
 
 def _probe(built: Built, vision: VisionSide, runtime: Runtime) -> tuple[bool, str]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from torch import nn
@@ -38,6 +35,7 @@ from triptych.engine.parallel import Runtime
 from triptych.models.reference import FrozenReference
 from triptych.stages.build import Built, make_mixture, resolved, settled, training_loader
 from triptych.stages.recipe import StageRecipe
+from triptych.stages.state_files import read_state, write_state
 
 MICRO_BATCH = "micro_batch.json"
 """File in the folder of a run that keeps what was found, for when the run is resumed."""
@@ -105,7 +103,7 @@ def settle_loader(
     with locked(file.parent):
         found = find_tokens(recipe, built, runtime, scorer)
         if is_main():
-            _write(file, found)
+            write_state(file, asdict(found))
         barrier()
     console.print(str(found), highlight=False, soft_wrap=True)
     if limit_bytes(recipe.train.memory_limit, found.available) > found.limit:
@@ -305,15 +303,7 @@ def _no_room(row: Tree, packed: bool, room: Room, error: TooLargeError | None) -
 
 
 def _read(file: Path) -> Found | None:
-    if not file.is_file():
+    values = read_state(file)
+    if values is None:
         return None
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return Found(**{**values, "measured": tuple((tokens, added) for tokens, added in values["measured"])})
-
-
-def _write(file: Path, found: Found) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.part")
-    aside.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, file)

@@ -26,16 +26,17 @@ from triptych.core.protocols import PictureProcessor
 from triptych.core.types import IGNORE, Batch, Example, ImageReference, Sample
 from triptych.data.formats import Dataset
 from triptych.data.grouping import picture_groups
-from triptych.data.images import picture_key
+from triptych.data.images import decode, picture_key
 from triptych.data.loader import Loader, LoaderConfig
 from triptych.data.mixture import Mixture
 from triptych.data.tokenize import at_row
 from triptych.engine.parallel import Runtime
+from triptych.engine.trainer import next_window
 from triptych.models.features import FeatureCache, tower_key
 from triptych.models.reference import REFERENCE_LOGPROBS, reference_logprobs
 from triptych.models.vlm import VlmScorer
 
-FORMAT = 1
+FORMAT = 2
 """Of what is kept; another one makes all that was kept unknown."""
 TOGETHER = 4
 """Examples in a forward pass, whatever training does: its micro-batches must not change the numbers' roundings."""
@@ -61,7 +62,7 @@ class PrecomputedReference:
         """The example with `token_values["reference_logprobs"]` in every branch.
 
         Raises:
-            DataError: the row cannot be used.
+            DataError: the row cannot be used; its pictures are decoded where its numbers are not known.
             ModelError: its numbers were not computed: the row changed since training began.
         """
         example = self.encode_plain(sample)
@@ -71,6 +72,7 @@ class PrecomputedReference:
             key = _example_key(example)
         known = self._store.get(key)
         if known is None:
+            _check_pictures(example)
             message = f"{example.origin}: the reference's log-probabilities of this row are not known"
             raise ModelError(
                 message, remedy=f"it changed since they were computed: delete {self._home} and start again"
@@ -95,8 +97,12 @@ class PrecomputedReference:
         Args:
             scorer: as it is before training, not wrapped, on its device.
             datasets: all rows that will be encoded.
-            config: how rows are drawn in training, and their pictures decoded, where these are used.
+            config: how rows are drawn in training, their pictures decoded, where these are used, and what is done about
+                rows that cannot be used.
             folder: where the numbers are kept, each model in a folder of its own.
+
+        Raises:
+            DataError: a row cannot be used and `on_bad_row` is `stop`; on every rank.
         """
         settings = {
             **self.settings,
@@ -111,11 +117,13 @@ class PrecomputedReference:
         finished = home / f"{self._data_key(datasets)}.done"
         # All do the same, whatever each sees.
         if not broadcast_object(_is_whole(finished, store) if is_main() else None):
-            for batch in self._batches(store, scorer, datasets, config, runtime, console):
-                with runtime.autocast():
-                    logprobs = reference_logprobs(scorer, batch)
-                _put_rows(store, batch, logprobs)
-            store.flush()
+            try:
+                for batch in self._batches(store, scorer, datasets, config, runtime, console):
+                    with runtime.autocast():
+                        logprobs = reference_logprobs(scorer, batch)
+                    _put_rows(store, batch, logprobs)
+            finally:  # what an interruption leaves is known to the next start
+                store.flush()
             barrier()
             if is_main():
                 finished.write_text("\n".join(FeatureCache(home).files), encoding="utf-8")
@@ -131,7 +139,7 @@ class PrecomputedReference:
         console: Console,
     ) -> Iterable[Batch]:
         """This rank's batches, on the device, but those whose rows are all known already."""
-        once = {"steps": None, "epochs": 1.0, "report": None, "on_bad_row": "skip"}
+        once = {"steps": None, "epochs": 1.0, "report": None}  # training reports the rows that are skipped
         size = {"micro_batch": TOGETHER, "micro_batch_tokens": None}
         options = config.model_copy(update={**once, **size})
         sizes, none = [len(dataset) for dataset in datasets], [None] * len(datasets)
@@ -141,8 +149,10 @@ class PrecomputedReference:
             datasets, order, self.encode_plain, self.pictures, options, share, scorer.packs_trees, store_of_features
         )
         title = f"log-probabilities of the reference, {self.rows}"
-        windows = track(loader.windows(), title, loader.total_windows, console=console, disable=not is_main())
-        for window in windows:
+        windows, ahead = iter(loader.windows()), range(loader.total_windows)
+        for _ in track(ahead, title, console=console, disable=not is_main()):
+            window = next_window(windows, runtime)
+            assert window is not None
             for batch in window.batches:
                 if batch.is_padding or all(key in store for key in _batch_keys(batch)):
                     continue
@@ -158,6 +168,13 @@ def _is_whole(finished: Path, store: FeatureCache) -> bool:
     """Whether all was computed, and none of the files that it lists was lost since."""
     files = finished.read_text(encoding="utf-8").split() if finished.is_file() else []
     return bool(files) and set(files) <= set(store.files)  # earlier versions listed none
+
+
+def _check_pictures(example: Example) -> None:
+    """Raises DataError where a picture of the example cannot be decoded, which is why its numbers are not known."""
+    with at_row(example.origin):
+        for reference in example.images:
+            decode(reference)
 
 
 def _put_rows(store: FeatureCache, batch: Batch, logprobs: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,13 @@ from triptych.stages.build import HELD_OUT_DECODE, Built, make_held_out_loader, 
 from triptych.stages.precompute import PrecomputedReference
 from triptych.stages.recipe import PreferenceRecipe, ReferenceKind
 from triptych.stages.vlm import Vlm, build_vlm, picture_settings, vlm_stage
+
+REFERENCES: Mapping[ReferenceKind, str] = {
+    "precomputed": "precomputed, the log-probabilities of all rows are computed once before training",
+    "frozen": "frozen, a copy of the model as it is before training",
+    "adapter_off": "adapter_off, the model without its adapters",
+}
+"""What each kind is, for messages."""
 
 
 def build_preference(recipe: PreferenceRecipe) -> Built:
@@ -64,7 +72,8 @@ def build_preference(recipe: PreferenceRecipe) -> Built:
         evaluators=evaluators,
         reference=reference,
     )
-    return replace(built, prepare=prepare, passes_before=int(kind == "precomputed"))
+    notes = (f"reference: {REFERENCES[kind]}",)
+    return replace(built, prepare=prepare, passes_before=int(kind == "precomputed"), notes=notes)
 
 
 def reference_kind(recipe: PreferenceRecipe, plan: TuningPlan, rows: int) -> ReferenceKind:

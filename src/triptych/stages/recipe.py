@@ -165,7 +165,7 @@ class PreferenceRecipe(VlmRecipe):
     """What is minimised."""
     evaluation: PreferenceEvaluationConfig | None = None
     """Held-out measurements during training and at the end."""
-    reference: ReferenceKind | Literal["auto"] = "auto"
+    reference: Literal["auto", "precomputed", "frozen", "adapter_off"] = "auto"
     """Where the log-probabilities of the model to stay near come from: `precomputed` once for every row before training
     and kept on disk, so that steps pay for one model only; from a `frozen` copy; or from the policy with its adapters
     switched off (`adapter_off`). `auto`: precomputed where every row is used, else adapter_off where adapters are all

@@ -59,13 +59,15 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
         runtime.close()
         return
     output = Path(recipe.output)
-    console.print(built.plan.table())
+    built.show(console)
     is_new = not has_checkpoint(output)
     with locked(output):
         if is_main() and is_new:
             # With a checkpoint, the recipe may be another one, which is refused below: it must not replace the file.
             write_recipe(recipe, output)
         barrier()
+        if not is_new:  # before anything that takes long: the checkpoints may be those of another recipe
+            Checkpoints(output / "checkpoints", resolved(recipe), recipe.train.keep_last).resumable()
         store = open_store(recipe, built, runtime, console, is_new=is_new)
         built.prepare(runtime, console)
     scorer = wrap_scorer(built, runtime)
@@ -164,7 +166,7 @@ def make_trainer(
 
 def show_plan(recipe: StageRecipe, built: Built, console: Console) -> None:
     """What would be trained, on how many rows, in how many steps."""
-    console.print(built.plan.table())
+    built.show(console)
     mixture = Mixture([len(item) for item in built.datasets], [item.config.weight for item in built.datasets], 0)
     for dataset, quota in zip(built.datasets, mixture.quotas, strict=True):
         console.print(f"{dataset.name}: {len(dataset)} rows, {quota} draws an epoch", markup=False)

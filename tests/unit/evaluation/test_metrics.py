@@ -15,6 +15,7 @@ from triptych.evaluation.metrics import (
     objects_match,
     objects_of,
     recall_at_k,
+    share_interval,
 )
 
 
@@ -89,6 +90,16 @@ def test_the_interval_of_a_mean() -> None:
     half = 1.96 * (mean * (1 - mean) / 400) ** 0.5
     assert low == pytest.approx(mean - half, abs=0.01) and high == pytest.approx(mean + half, abs=0.01)
     assert bootstrap_interval(values, [str(number) for number in range(400)]) == (low, high)
+
+
+def test_the_interval_of_answers_that_are_all_alike_has_a_width() -> None:
+    """Wilson's for 0 of 20 by hand: up to 3.8415 / 23.8415."""
+    clusters = [str(number) for number in range(20)]
+    assert share_interval([0.0] * 20, clusters) == (0.0, pytest.approx(0.16113, abs=1e-5))
+    assert share_interval([1.0] * 20, clusters) == (pytest.approx(0.83887, abs=1e-5), 1.0)
+    assert share_interval([0.0] * 20, ["one picture"] * 20) == (0.0, pytest.approx(0.79346, abs=1e-5))
+    mixed = [1.0, 0.0] * 10
+    assert share_interval(mixed, clusters) == bootstrap_interval(mixed, clusters)
 
 
 def test_answers_about_one_sample_are_drawn_together() -> None:

@@ -63,6 +63,36 @@ def test_a_file_that_was_cut_off_costs_only_what_it_held(tmp_path: Path) -> None
     assert "k0" not in cache and "k1" in cache and not broken.exists()
 
 
+def test_a_flipped_bit_costs_what_its_file_held(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(3):
+        cache = FeatureCache(tmp_path)
+        for key in (f"a{number}", f"b{number}"):
+            cache.put(key, tensors(number))
+        cache.flush()
+    file = next(file for file in tmp_path.glob("*.safetensors") if b"a1/" in file.read_bytes())
+    content = bytearray(file.read_bytes())
+    content[content.rindex(torch.full((4, 8), 1.0).numpy().tobytes())] ^= 1  # of one of its two pictures
+    file.write_bytes(content)
+    again = FeatureCache(tmp_path)
+    found = {key: again.get(key) for key in ("a0", "a1", "b1", "a1", "b2")}
+    assert found["a1"] is None and found["a0"] is not None and found["b2"] is not None
+    assert "a1" not in again and "b1" not in again and not file.exists() and len(again.files) == 2
+    assert caplog.text.count("checksum") == 1 and file.name in caplog.text
+    again.put("a1", tensors(1))
+    again.flush()
+    torch.testing.assert_close(FeatureCache(tmp_path).get("a1"), tensors(1), rtol=0, atol=0)
+
+
+def test_what_came_is_written_after_a_minute(tmp_path: Path) -> None:
+    now = [1000.0]
+    cache = FeatureCache(tmp_path, clock=lambda: now[0])
+    written = []
+    for key, now[0] in (("a", 2000.0), ("b", 2059.0), ("c", 2060.0), ("d", 2119.0)):
+        cache.put(key, tensors(0))
+        written.append(len(FeatureCache(tmp_path)))
+    assert written == [0, 0, 3, 3]  # a minute since the first of them came
+
+
 def test_a_file_that_cannot_be_opened_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever the system refuses: here a link to itself, since root may read every file."""
     cache = FeatureCache(tmp_path)
@@ -123,12 +153,13 @@ def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
     assert "start the run again" in str(caught.value)
 
 
-def test_the_limit_is_kept(tmp_path: Path) -> None:
+def test_the_limit_is_kept_and_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = FeatureCache(tmp_path, limit_bytes=600, shard_bytes=300)
     for number in range(50):
         cache.put(f"k{number}", tensors(number))
     cache.flush()
     assert cache.is_full and 2 <= len(cache) < 10
+    assert caplog.text.count("which is its limit") == 1 and str(tmp_path) in caplog.text
     again = FeatureCache(tmp_path, limit_bytes=600)
     again.put("new", tensors(1))
     assert "new" not in again and "k0" in again

@@ -13,12 +13,25 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.commands import triptych, write
-from tests.recipes.tiny_recipes import Files, contrastive
+from tests.recipes.tiny_recipes import Files, contrastive, tune
 from tests.unit.stages.conftest import Run
 from triptych.core.errors import ConfigError
 from triptych.export.parity import Parity
 from triptych.stages import exporting, saving
 from triptych.stages.exporting import find_checkpoint, in_float32
+
+
+def test_a_run_that_began_from_a_whole_model_is_exported_too(lora_run: Run, files: Files, tmp_path: Path) -> None:
+    """Its recipe with every default filled in, which stands in the run's folder, is a recipe as well."""
+    values = {"output": str(tmp_path / "run"), **tune(files), "model": {"from": str(lora_run.output / "model")}}
+    del values["template"]
+    changes = {"loader": {"global_batch": 8, "micro_batch": 8, "epochs": 1}, "max_length": 256}
+    done = triptych("train", write(tmp_path / "recipe.yaml", values, **changes))
+    assert done.status == 0, done.err
+    exported = triptych("export", tmp_path / "run", "--output", tmp_path / "export")
+    assert exported.status == 0, exported.err
+    again = triptych("train", tmp_path / "run" / "recipe.yaml")
+    assert again.status == 0, again.err
 
 
 def test_export_merges_and_plain_transformers_agrees(lora_run: Run, tmp_path: Path) -> None:

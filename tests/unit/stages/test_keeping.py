@@ -79,7 +79,7 @@ def test_auto_keeps_where_pictures_come_twice_and_reading_is_faster(
 ) -> None:
     once = triptych("train", recipe(files, tmp_path / "once", loader={"epochs": 1}))
     assert once.status == 0 and decision(tmp_path / "once")["keeps"] is False
-    assert "1 passes over the data show hardly a picture twice" in once.out
+    assert "a picture goes through the tower 1.0 times on average, which is hardly twice" in once.out
     for keeps in (True, False):
         clock = iter(_Clock(computing=1.0, reading=0.5 if keeps else 2.0))
         monkeypatch.setattr(keeping.time, "perf_counter", lambda clock=clock: next(clock))

@@ -66,7 +66,7 @@ def test_the_pass_of_the_reference_counts_for_keeping_features(files: Files, tmp
         file = recipe(files, tmp_path / kind, reference=kind, loader={"epochs": 1})
         assert triptych("train", file, FP32).status == 0
         reasons[kind] = json.loads((tmp_path / kind / "run" / "features.json").read_text())["reason"]
-    assert reasons["frozen"] == "1 passes over the data show hardly a picture twice"
+    assert reasons["frozen"] == "a picture goes through the tower 1.0 times on average, which is hardly twice"
     assert "ms to read" in reasons["precomputed"]  # it was worth a look
     assert losses(tmp_path / "precomputed") == pytest.approx(losses(tmp_path / "frozen"), rel=1e-5)
 
@@ -108,6 +108,61 @@ def test_an_interrupted_run_ends_as_one_that_was_not(files: Files, tmp_path: Pat
     assert triptych("train", file).status == 0
     again = load_file(run / "model" / "model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
+def test_a_row_whose_picture_is_damaged_is_that_rows_fault(files: Files, tmp_path: Path, on_bad_row: str) -> None:
+    """With `stop` the run ends before anything takes long; with `skip` the row is listed and left out."""
+    rows = json.loads((files.data / "pairs.json").read_text())[:8]
+    for number, row in enumerate(rows):
+        noise(40, 30, seed=number).save(tmp_path / f"{number}.png")
+        row["images"] = [f"{number}.png"]
+    (tmp_path / "5.png").write_bytes((tmp_path / "5.png").read_bytes()[:-200])
+    (tmp_path / "pairs.json").write_text(json.dumps(rows, indent=1))
+    data = [{"format": "preference", "path": str(tmp_path / "pairs.json"), "images": str(tmp_path)}]
+    loader = {"global_batch": 8, "micro_batch": 4, "epochs": 1, "on_bad_row": on_bad_row}
+    done = triptych("train", recipe(files, tmp_path, data=data, loader=loader), "reference=precomputed")
+    run = tmp_path / "run"
+    if on_bad_row == "stop":
+        assert done.status == 1
+        assert "pairs.json" in done.err and "5.png" in done.err and "cannot be decoded" in done.err
+        assert not (run / "log.jsonl").exists()
+    else:
+        assert done.status == 0, done.err
+        (left_out,) = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
+        assert "5.png" in left_out["message"]
+
+
+def test_what_an_interruption_leaves_is_not_computed_again(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, vlm, datasets, loader = _reference(files, tmp_path)
+    rows: list[int] = []
+    compute = precompute.reference_logprobs
+
+    def interrupted(scorer: Any, batch: Any) -> torch.Tensor:
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+        rows.append(batch.num_rows)
+        return compute(scorer, batch)
+
+    monkeypatch.setattr(precompute, "reference_logprobs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _prepare(known, vlm, datasets, loader, tmp_path)
+    before = sum(rows)
+    assert 0 < before < 2 * len(datasets[0])
+    rows.append(0)  # from here on it is not interrupted
+    _prepare(known, vlm, datasets, loader, tmp_path)
+    assert sum(rows) == 2 * len(datasets[0])
+
+
+def test_another_recipe_is_refused_before_anything_is_computed(files: Files, tmp_path: Path) -> None:
+    file = recipe(files, tmp_path, reference="precomputed")
+    assert triptych("train", file).status == 0
+    kept = sorted((tmp_path / "run" / "reference_logprobs").rglob("*"))
+    refused = triptych("train", file, "max_length=200")
+    assert refused.status == 1 and "max_length" in refused.err
+    assert sorted((tmp_path / "run" / "reference_logprobs").rglob("*")) == kept
 
 
 def _reference(files: Files, folder: Path) -> tuple[PrecomputedReference, Any, list[Any], Any]:

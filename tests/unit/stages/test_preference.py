@@ -31,6 +31,7 @@ def test_auto_keeps_a_sharded_model_sharded(files: Files, tmp_path: Path) -> Non
     changes = {"tuning": tuning, "train": {"runtime": {"strategy": "fsdp"}}}
     full = build_preference(read_recipe(recipe(files, tmp_path / "b", **changes)))
     assert full.reference is None and full.passes_before == 1  # computed before training
+    assert any(note.startswith("reference: precomputed") for note in full.notes)
     single = build_preference(read_recipe(recipe(files, tmp_path / "c")))
     assert single.reference is None and single.passes_before == 1
 

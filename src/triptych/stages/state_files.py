@@ -1,0 +1,41 @@
+"""Small files in which a run keeps what it decided or measured, for the runs that resume it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from triptych.core.errors import CheckpointError
+
+
+def write_state(file: Path, values: Mapping[str, Any]) -> None:
+    """Write plain values, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.part")
+    aside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, file)
+
+
+def read_state(file: Path) -> dict[str, Any] | None:
+    """What `write_state` wrote; None where there is no such file.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            return values
+        found = f"it holds a {type(values).__name__}"
+    except ValueError as error:
+        found = str(error)
+    raise CheckpointError(
+        f"the file is damaged: {found}",
+        file=str(file),
+        remedy="delete it, and what it says is decided or measured anew: the run may go on with other roundings",
+    )
