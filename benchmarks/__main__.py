@@ -25,7 +25,7 @@ from benchmarks.process import COMMAND, Remote, serve
 from benchmarks.row import Setting
 from benchmarks.table import BESIDE, COMPILED, OTHER_TURNS, PLAIN, ROWS, TARGETS, TURNS
 from benchmarks.timing import Timing, Turns, interleave
-from triptych.engine.allocator import LARGE_PAGES, keep_memory
+from triptych.engine.allocator import ENVIRONMENT, keep_memory
 
 WAYS = ("ours", "peer")
 SCALING = "scaling"
@@ -115,7 +115,7 @@ def measure(name: str, repeats: int | None) -> dict[str, Any]:
         repeats: timed turns; what the table says of the row if None.
     """
     key = name.partition("@")[0]
-    environment = LARGE_PAGES if key not in PLAIN and device().type == "cpu" else {}
+    environment = ENVIRONMENT if key not in PLAIN and device().type == "cpu" else {}
     with Remote([name, "--way", "ours"], environment) as ours, Remote([name, "--way", "peer"], {}) as peer:
         about, _ = ours.about(), peer.about()
         turns = Turns(repeats, repeats) if repeats else OTHER_TURNS.get(key, TURNS)

@@ -55,9 +55,9 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Run a recipe or a pipeline; resumes by itself."""
-    from triptych.engine.allocator import LARGE_PAGES
+    from triptych.engine.allocator import ENVIRONMENT
 
-    os.environ.update({**LARGE_PAGES, **os.environ})  # before torch is loaded, which reads it then
+    os.environ.update({**ENVIRONMENT, **os.environ})  # before torch is loaded, which reads it then
     _quiet()
     from triptych.stages.pipeline import train as run
 

@@ -11,6 +11,11 @@ from collections.abc import Mapping
 
 LARGE_PAGES: Mapping[str, str] = {"THP_MEM_ALLOC_ENABLE": "1"}
 """Environment in which torch asks for pages of 2 MiB for large tensors on CPUs; it is read when torch is loaded."""
+FEW_KERNELS: Mapping[str, str] = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+"""Environment in which oneDNN keeps the kernels of so many shapes, not of 1,024: micro-batches differ in their number
+of tokens, so that each brings new ones, of about a megabyte. A layer forward and backward needs some 30."""
+ENVIRONMENT: Mapping[str, str] = {**LARGE_PAGES, **FEW_KERNELS}
+"""Of processes that train, unless it is set otherwise."""
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # names of malloc.h
 _LARGEST_KEPT = 1 << 30

@@ -29,7 +29,9 @@ def test_tasks_are_summed_up_apart() -> None:
     assert found["counting"].count_error == 1.0 and found["counting"].without_number == 1
     assert found["position"].count_error is None and found["all"].confusion == {}
     assert found["position"].confusion == {"left": {"right": 1}, "right": {"right": 1}}
-    assert found["all"].low <= 0.5 <= found["all"].high and found["caption"].low == pytest.approx(1 / (1 + 1.96**2), abs=1e-4)
+    assert found["all"].low <= 0.5 <= found["all"].high and found["caption"].low == pytest.approx(
+        1 / (1 + 1.96**2), abs=1e-4
+    )
 
 
 def test_one_task_has_one_line() -> None:

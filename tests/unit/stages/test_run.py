@@ -61,17 +61,25 @@ def test_a_run_leaves_its_plan_and_environment(files: Files, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="memory is kept in runs on CPUs")
-def test_a_run_keeps_memory_and_asks_for_large_pages(
+def test_a_run_keeps_memory_few_kernels_and_asks_for_large_pages(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str | None] = []
-    monkeypatch.setattr(run_module, "keep_memory", lambda: seen.append(os.environ.get("THP_MEM_ALLOC_ENABLE")))
+    capacities: list[str | None] = []
+
+    def keep_memory() -> None:
+        seen.append(os.environ.get("THP_MEM_ALLOC_ENABLE"))
+        capacities.append(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY"))
+
+    monkeypatch.setattr(run_module, "keep_memory", keep_memory)
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
     file = recipe(files, tmp_path)
     assert triptych("train", file, "--dry-run").status == 0 and seen == ["1"]
     assert triptych("train", file, "--dry-run", "train.runtime.keep_memory=false").status == 0 and seen == ["1"]
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     assert triptych("train", file, "--dry-run").status == 0 and seen == ["1", "0"]
+    assert capacities == ["64", "64"]
 
 
 @pytest.mark.requirement("G-7")
