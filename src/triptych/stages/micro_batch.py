@@ -17,7 +17,6 @@ from triptych.data.images import decode, read_encoded
 from triptych.data.loader import LoaderConfig
 from triptych.data.packing import Budget, Load
 from triptych.data.sharing import Tree, find_trees, plant
-from triptych.engine.checkpoint import Checkpoints
 from triptych.engine.lock import locked
 from triptych.engine.memory import gibibytes, limit_bytes
 from triptych.engine.micro_batch import (
@@ -33,7 +32,7 @@ from triptych.engine.micro_batch import (
 )
 from triptych.engine.parallel import Runtime
 from triptych.models.reference import FrozenReference
-from triptych.stages.build import Built, make_mixture, resolved, settled, training_loader
+from triptych.stages.build import Built, make_mixture, settled, training_loader
 from triptych.stages.recipe import StageRecipe
 from triptych.stages.state_files import read_state, write_state
 
@@ -86,7 +85,7 @@ def settle_loader(
     Raises:
         TrainingError: a row alone needs more memory than `train.memory_limit` allows, or another process trains into
             the folder.
-        CheckpointError: the folder holds checkpoints of another recipe, and no number.
+        CheckpointError: the file with the number is damaged.
     """
     if recipe.loader.micro_batch != "auto":
         return recipe.loader, None
@@ -96,8 +95,6 @@ def settle_loader(
         console.print(f"micro-batch: {found.tokens:,} tokens, as measured when the run began", highlight=False)
         return settled(recipe.loader, found.tokens), found
     if not is_new:
-        # Before anything is written: the checkpoints may be those of another recipe.
-        Checkpoints(file.parent / "checkpoints", resolved(recipe), recipe.train.keep_last).resumable()
         console.print(f"{file} is gone: measured again, so the run may go on with other roundings", soft_wrap=True)
     # A run that another process has begun keeps its number.
     with locked(file.parent):

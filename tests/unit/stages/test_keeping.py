@@ -80,6 +80,10 @@ def test_auto_keeps_where_pictures_come_twice_and_reading_is_faster(
     once = triptych("train", recipe(files, tmp_path / "once", loader={"epochs": 1}))
     assert once.status == 0 and decision(tmp_path / "once")["keeps"] is False
     assert "a picture goes through the tower 1.0 times on average, which is hardly twice" in once.out
+    # One pass shows a picture as often as rows about it stand apart.
+    data = tune(files)["data"] * 2
+    apart = recipe(files, tmp_path / "apart", data=data, loader={"epochs": 1, "rows_per_picture": 1})
+    assert triptych("train", apart).status == 0 and "ms to read" in decision(tmp_path / "apart")["reason"]
     for keeps in (True, False):
         clock = iter(_Clock(computing=1.0, reading=0.5 if keeps else 2.0))
         monkeypatch.setattr(keeping.time, "perf_counter", lambda clock=clock: next(clock))

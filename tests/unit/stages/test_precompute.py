@@ -110,16 +110,21 @@ def test_an_interrupted_run_ends_as_one_that_was_not(files: Files, tmp_path: Pat
     assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
+def _pairs(files: Files, folder: Path, size: tuple[int, int], kind: str) -> list[dict[str, str]]:
+    """Data of eight pairs about pictures of this size and kind of their own."""
+    rows = json.loads((files.data / "pairs.json").read_text())[:8]
+    for number, row in enumerate(rows):
+        noise(*size, seed=number).save(folder / f"{number}.{kind}")
+        row["images"] = [f"{number}.{kind}"]
+    (folder / "pairs.json").write_text(json.dumps(rows, indent=1))
+    return [{"format": "preference", "path": str(folder / "pairs.json"), "images": str(folder)}]
+
+
 @pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
 def test_a_row_whose_picture_is_damaged_is_that_rows_fault(files: Files, tmp_path: Path, on_bad_row: str) -> None:
     """With `stop` the run ends before anything takes long; with `skip` the row is listed and left out."""
-    rows = json.loads((files.data / "pairs.json").read_text())[:8]
-    for number, row in enumerate(rows):
-        noise(40, 30, seed=number).save(tmp_path / f"{number}.png")
-        row["images"] = [f"{number}.png"]
+    data = _pairs(files, tmp_path, (40, 30), "png")
     (tmp_path / "5.png").write_bytes((tmp_path / "5.png").read_bytes()[:-200])
-    (tmp_path / "pairs.json").write_text(json.dumps(rows, indent=1))
-    data = [{"format": "preference", "path": str(tmp_path / "pairs.json"), "images": str(tmp_path)}]
     loader = {"global_batch": 8, "micro_batch": 4, "epochs": 1, "on_bad_row": on_bad_row}
     done = triptych("train", recipe(files, tmp_path, data=data, loader=loader), "reference=precomputed")
     run = tmp_path / "run"
@@ -243,12 +248,7 @@ def test_numbers_that_are_lost_in_the_middle_of_a_run_make_no_row_a_bad_one(file
 
 def test_held_out_rows_are_scored_with_the_pictures_they_are_evaluated_with(files: Files, tmp_path: Path) -> None:
     """Training decodes smaller pictures; before the first step policy and reference must agree all the same."""
-    rows = json.loads((files.data / "pairs.json").read_text())[:8]
-    for number, row in enumerate(rows):
-        noise(259, 197, seed=number).save(tmp_path / f"{number}.jpg")
-        row["images"] = [f"{number}.jpg"]
-    (tmp_path / "pairs.json").write_text(json.dumps(rows))
-    data = [{"format": "preference", "path": str(tmp_path / "pairs.json"), "images": str(tmp_path)}]
+    data = _pairs(files, tmp_path, (259, 197), "jpg")
     loader = {"global_batch": 8, "micro_batch": 8, "epochs": 1, "decode": "draft"}
     file = recipe(files, tmp_path, data=data, loader=loader, evaluation={"data": data}, lr=1e-30)
     done = triptych("train", file, "reference=precomputed")

@@ -80,3 +80,8 @@ def test_auto_takes_the_adapters_off_where_they_are_all_that_trains(files: Files
     assert isinstance(build_preference(read_recipe(mixed, few)).reference, FrozenReference)
     with pytest.raises(ModelError, match="`connector` train base weights"):
         build_preference(read_recipe(mixed, "reference=adapter_off"))
+
+
+def test_a_misspelt_reference_is_one_problem(files: Files, tmp_path: Path) -> None:
+    refused = triptych("train", recipe(files, tmp_path), "reference=precompute")
+    assert refused.status == 1 and refused.err.count("reference") == 1 and "precomputed" in refused.err
