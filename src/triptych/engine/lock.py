@@ -40,8 +40,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _take(folder: Path) -> tuple[int | None, TrainingError | None]:
     """File descriptor that holds the lock, or why there is none; neither on a file system without locks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        return None, TrainingError(
+            f"the output folder cannot be written: {error.strerror} ({error.filename})",
+            file=str(folder),
+            key="output",
+            remedy="give another `output`, or make it a folder that you may write",
+        )
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

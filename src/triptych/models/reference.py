@@ -61,19 +61,22 @@ class AdapterOffReference:
         Raises:
             ModelError: base weights are trained too, there are no adapters, or an adapter has been trained already.
         """
-        remedy = "use a frozen copy as the reference"
+        remedy = "set `reference: frozen`"
         if not plan.adapters:
-            raise ModelError("an adapter-off reference needs adapters, and the tuning plan has none", remedy=remedy)
+            message = "adapter_off needs adapters to switch off, and `tuning` gives none"
+            raise ModelError(message, key="reference", remedy=f"{remedy}, or let `tuning` add LoRA")
         if plan.full_matches:
             matches = ", ".join(f"`{match}`" for match in plan.full_matches)
             raise ModelError(
                 f"{matches} train base weights, which switching adapters off does not undo",
+                key="reference",
                 remedy=f"{remedy}, or freeze or LoRA-tune them",
             )
         moved = _first_trained_adapter(scorer)
         if moved:
             raise ModelError(
                 f"the adapter on `{moved}` is already trained: without it the reference would be an older model",
+                key="reference",
                 remedy=f"{remedy}, or merge the adapter before this stage",
             )
         self._scorer = scorer

@@ -121,7 +121,11 @@ def resolve_source(source: str) -> str:
     if not explicit and not _looks_like_path(source):
         return source
     names = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-    remedy = did_you_mean(path.name, names) if names else f"the folder {path.parent} is missing or empty"
+    remedy = (
+        did_you_mean(path.name, names)
+        if names
+        else f"the folder {path.parent} is missing or empty; if a training run makes it, run that first"
+    )
     if not explicit:
         remedy += f"; if the hub id is meant: hf download {source}"
     raise ModelError(f"no model at {source}", file=source, remedy=remedy)

@@ -25,6 +25,7 @@ from triptych.engine.lock import locked
 from triptych.engine.monitors import build_monitors
 from triptych.engine.parallel import Runtime
 from triptych.engine.state import seed_everything
+from triptych.engine.train_config import TrainConfig
 from triptych.engine.trainer import Trainer
 from triptych.models.tuning import check_gradients
 from triptych.models.vlm import VlmScorer
@@ -60,6 +61,7 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
         return
     output = Path(recipe.output)
     built.show(console)
+    show_choices(recipe, built, runtime, console)
     is_new = not has_checkpoint(output)
     with locked(output):
         if is_main() and is_new:
@@ -162,6 +164,20 @@ def make_trainer(
         after_step=built.after_step,
         global_batch=recipe.loader.global_batch,
     )
+
+
+def show_choices(recipe: StageRecipe, built: Built, runtime: Runtime, console: Console) -> None:
+    """What the recipe may have left open, and a setting that the others leave without effect."""
+
+    def say(words: str) -> None:
+        console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+    say(f"device {runtime.device.type}, precision {runtime.precision}, strategy {runtime.strategy}")
+    if built.by_picture:
+        say(f"rows_per_picture: {recipe.loader.most_per_picture}, the most that are computed together")
+    limit = recipe.train.memory_limit
+    if recipe.loader.micro_batch != "auto" and limit != TrainConfig().memory_limit:
+        say(f"train.memory_limit: {limit} has no effect, since `loader.micro_batch` is not `auto`")
 
 
 def show_plan(recipe: StageRecipe, built: Built, console: Console) -> None:

@@ -174,8 +174,10 @@ def test_an_adapter_off_reference_is_refused_where_it_would_not_be_the_start() -
         AdapterOffReference(scorer, plan)
     hf = tiny_family("llava")[0]
     plan = apply_tuning(hf, find_components(hf), [FrozenRule(match="*", method="frozen")], 1e-3)
-    with pytest.raises(ModelError, match="needs adapters"):
+    with pytest.raises(ModelError, match="needs adapters") as caught:
         AdapterOffReference(PlainScorer(hf), plan)
+    (problem,) = caught.value.problems
+    assert problem.key == "reference" and problem.remedy == "set `reference: frozen`, or let `tuning` add LoRA"
 
 
 def test_trained_token_rows_count_as_a_trained_adapter() -> None:

@@ -76,6 +76,15 @@ def test_a_missing_path_that_could_be_a_hub_id_is_refused_at_once(
     assert "did you mean `first`?; if the hub id is meant: hf download runs/frist" in str(caught.value)
 
 
+def test_the_model_of_a_run_that_was_not_made_yet_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="no model at runs/demo/align/model") as caught:
+        resolve_source("runs/demo/align/model")
+    assert "the folder runs/demo/align is missing or empty; if a training run makes it, run that first" in str(
+        caught.value
+    )
+
+
 def test_a_downloaded_hub_model_is_taken_although_a_folder_has_its_owner_s_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -207,13 +207,17 @@ def test_a_language_model_that_is_not_known_takes_the_plain_path(caplog: pytest.
 
 
 @pytest.mark.slow
-def test_compiled_blocks_score_the_same() -> None:
-    _, fast, tokenizer, pictures = _scorers("llava", torch.float32)
+@pytest.mark.parametrize(
+    ("family", "recomputed"), [("llava", False), ("llava", True), ("qwen3_vl", False), ("gemma3", False)]
+)
+def test_compiled_blocks_score_the_same(family: str, recomputed: bool) -> None:
+    _, fast, tokenizer, pictures = _scorers(family, torch.float32)
     batch = tree_batch(TREES, tokenizer, pictures)
     weights = torch.full((int(batch.supervised.sum()),), 1 / 20)
     expected, gradients = _run(fast, batch, weights)
     blocks = [path for paths in fast.components.layers.values() for path in paths]
-    assert Runtime(RuntimeConfig(precision="fp32", compile=True)).wrap(fast, [f"hf.{path}" for path in blocks]) is fast
+    runtime = Runtime(RuntimeConfig(precision="fp32", compile=True, activation_checkpointing=recomputed))
+    assert runtime.wrap(fast, [f"hf.{path}" for path in blocks]) is fast
     assert all(fast.hf.get_submodule(path)._compiled_call_impl is not None for path in blocks)
     found, ours = _run(fast, batch, weights)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
