@@ -17,11 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import record, scaling
 from benchmarks.models import SCALES
 from benchmarks.process import COMMAND, Remote, serve
+from benchmarks.record import device, has_bf16, precision
 from benchmarks.row import Setting
 from benchmarks.table import BESIDE, COMPILED, OTHER_TURNS, PLAIN, ROWS, TARGETS, TURNS
 from benchmarks.timing import Timing, Turns, interleave
@@ -83,7 +82,7 @@ def run(names: Sequence[str], measure_one: Callable[[str], Any], folder: Path = 
     Returns:
         0, or 1 where something failed; what it was is in the file.
     """
-    stamp = {"date": record.today(), "machine": record.machine(precision(), device())}
+    stamp = record.stamp()
     has_failed = False
     for name in names:
         start = time.monotonic()
@@ -171,23 +170,6 @@ def describe(name: str, about: Mapping[str, Any], ours: Timing, peer: Timing) ->
         "disturbed": ours.disturbed + peer.disturbed,
         "precision": precision(),
     }
-
-
-def device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def has_bf16() -> bool:
-    """Whether the device multiplies bf16 itself; where it does not, both ways run in float32."""
-    if device().type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def precision() -> str:
-    """Of the forward passes of both ways."""
-    return "bf16" if has_bf16() else "float32"
 
 
 def _measure_scaling() -> Any:

@@ -65,7 +65,7 @@ def main() -> None:
                 if turn > 0:
                     found[name].append(answer)
     rows = [_describe(name, found[name], found[names[0]]) for name in names]
-    RESULT.write_text(json.dumps({"rows": rows, "turns": TURNS}, indent=1) + "\n", encoding="utf-8")
+    RESULT.write_text(json.dumps({**record.stamp(), "rows": rows, "turns": TURNS}, indent=1) + "\n", encoding="utf-8")
     for row in rows:
         print(
             f"{row['name']:32} {row['seconds']:6.2f} s {row['times_as_fast']:5.2f} "
@@ -126,7 +126,8 @@ def section(result: Mapping[str, Any]) -> str:
         f"Full tuning of half of SmolLM2-135M's layers with micro-batches of changing shapes, one process for each "
         f"setting, {result['turns']} turns in which they take a step one after the other; times as fast as the first "
         "in the same turn, medians. Unlike in the table above, nothing is given back to the system between steps. "
-        "`triptych train` runs as in the line in bold. `python -m benchmarks.allocator` writes this.",
+        "`triptych train` runs as in the line in bold. `python -m benchmarks.allocator` writes this. "
+        f"{record.measured(result)}",
         "",
         "| setting | environment | seconds a step | times as fast | resident peak, MiB | page faults a step |",
         "| --- | --- | ---: | ---: | ---: | ---: |",

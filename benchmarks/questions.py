@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks import record
 from benchmarks.timing import wait_until_quiet
 
 HOME = Path("runs/questions")
@@ -54,7 +55,7 @@ def main() -> None:
     write_pipeline(steps)
     subprocess.run([*TRIPTYCH, "train", str(HOME / "pipeline.yaml")], check=True)
     RESULT.parent.mkdir(exist_ok=True)
-    result = {"seconds": arguments.seconds, "ways": collect(seconds, steps)}
+    result = {**record.stamp(), "seconds": arguments.seconds, "ways": collect(seconds, steps)}
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
@@ -169,7 +170,7 @@ def section(result: Mapping[str, Any]) -> str:
         f"Right answers to 500 of the demo's test questions in percent, seeds {' and '.join(map(str, SEEDS))}. "
         "Pictures of the demo are 9 tokens: what a tree saves is small, and more questions a picture mean fewer "
         "pictures. All ways train on ten tasks, of which the test asks five. `python -m benchmarks.questions` writes "
-        "this.",
+        f"this. {record.measured(result)}",
         "",
         f"| questions a picture | way | seconds a step | steps | {' | '.join(seeds)} | mean |",
         f"| ---: | --- | ---: | ---: | {'---: | ' * len(SEEDS)}---: |",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,43 @@ ON_CUDA = FOLDER / "cuda"
 Result = dict[str, Any]
 
 
-def machine(precision: str, device: torch.device) -> str:
-    """What the figures were measured on, in one line."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {precision}"
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def has_bf16() -> bool:
+    """Whether the device multiplies bf16 itself; where it does not, both ways run in float32."""
+    if device().type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def precision() -> str:
+    """Of the forward passes of both ways."""
+    return "bf16" if has_bf16() else "float32"
+
+
+def stamp() -> dict[str, str]:
+    """Date and machine, as every result has them."""
+    return {"date": today(), "machine": machine()}
+
+
+def measured(result: Mapping[str, Any]) -> str:
+    """A sentence that says when and on what a result was measured."""
+    if "machine" not in result:
+        return "When and on what was not noted."
+    return f"Measured on {result['date']}: {result['machine']}."
+
+
+def machine() -> str:
+    """What is measured on here, in one line."""
+    if device().type == "cuda":
+        return f"{torch.cuda.get_device_name(device())}, torch {torch.__version__}, {precision()}"
     cores, memory = psutil.cpu_count(logical=True), psutil.virtual_memory().total / 2**30
     return (
         f"{_processor()}, {cores} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB, "
-        f"torch {torch.__version__}, {precision}"
+        f"torch {torch.__version__}, {precision()}"
     )
 
 

@@ -164,7 +164,7 @@ def _machines(items: Sequence[Result]) -> str:
         key = item.get("machine", ""), item.get("date", "an unknown day")
         groups.setdefault(key, {})[f"`{item['name']}`" if "name" in item else "how it grows"] = None
     lines = [
-        f"- {machine}; {date}: {', '.join(names) if len(groups) > 1 else 'everything below'}"
+        f"- {machine}; {date}: {', '.join(names) if len(groups) > 1 else 'the table and how it grows'}"
         for (machine, date), names in groups.items()
     ]
     return "\n".join(["Measured on:", "", *lines, ""]) if lines else "Nothing was measured yet.\n"

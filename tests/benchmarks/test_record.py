@@ -110,3 +110,10 @@ def test_slow_rows_exist_and_are_measured_twice_at_least() -> None:
     assert set(OTHER_TURNS) <= set(ROWS) and min(turns.least for turns in (TURNS, *OTHER_TURNS.values())) >= 2
     known = [name for name in TARGETS if name in ROWS]
     assert list(ROWS)[: len(known)] == known
+
+
+def test_a_result_says_when_and_on_what_it_was_measured() -> None:
+    stamp = record.stamp()
+    assert stamp["date"] == record.today() and "torch" in stamp["machine"]
+    assert record.measured({**stamp, "rows": []}) == f"Measured on {stamp['date']}: {stamp['machine']}."
+    assert record.measured({"rows": []}) == "When and on what was not noted."

@@ -108,7 +108,7 @@ def test_the_machine_is_named_with_the_rows_that_ran_there() -> None:
     page = report.page(RESULT)
     assert f"- {MACHINE}; 2026-01-02: `fast`, `slow`, how it grows" in page
     assert f"- {MACHINE}; 2026-01-03: `missed`" in page
-    assert f"- {MACHINE}; 2026-01-02: everything below" in report.page({**RESULT, "rows": RESULT["rows"][:2]})
+    assert f"- {MACHINE}; 2026-01-02: the table and how it grows" in report.page({**RESULT, "rows": RESULT["rows"][:2]})
 
 
 def test_the_scaling_has_a_table_and_a_plot_for_each_axis_measured() -> None:
