@@ -45,7 +45,7 @@ def _take(folder: Path) -> tuple[int | None, TrainingError | None]:
         descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         return None, TrainingError(
-            f"the output folder cannot be written: {error.strerror} ({error.filename})",
+            f"the output folder cannot be written: {error.strerror}",
             file=str(folder),
             key="output",
             remedy="give another `output`, or make it a folder that you may write",
@@ -58,6 +58,7 @@ def _take(folder: Path) -> tuple[int | None, TrainingError | None]:
         return None, TrainingError(
             f"another process ({owner}) is training into this folder",
             file=str(folder),
+            key="output",
             remedy="wait for it or stop it, or choose another output folder",
         )
     except OSError as error:

@@ -96,8 +96,9 @@ class Runtime:
         for index in checkpointed_blocks(self.config.activation_checkpointing, len(units)):
             checkpoint(units[index])
         if self.config.compile:
-            # Attention over trees is not compiled: so a block is two graphs, and not five, for each caller around it.
-            torch._dynamo.config.nested_graph_breaks = True
+            if self.device.type == "cpu":
+                # There attention over trees is not compiled: so a block is two graphs, not one more for each caller.
+                torch._dynamo.config.nested_graph_breaks = True
             for unit in units:
                 unit.compile(dynamic=True)
         if self.strategy == "ddp":

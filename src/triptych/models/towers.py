@@ -120,12 +120,13 @@ def resolve_source(source: str) -> str:
     explicit = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or path.suffix == ".gguf"
     if not explicit and not _looks_like_path(source):
         return source
-    names = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-    remedy = (
-        did_you_mean(path.name, names)
-        if names
-        else f"the folder {path.parent} is missing or empty; if a training run makes it, run that first"
-    )
+    names = [item.name for item in path.parent.iterdir() if item.name[0] != "."] if path.parent.is_dir() else []
+    if not names:
+        remedy = f"the folder {path.parent} is missing or empty; if a training run makes it, run that first"
+    elif path.name == "model" and "recipe.yaml" in names:
+        remedy = f"the run in {path.parent} has not come to its end: `triptych train` its recipe, which resumes it"
+    else:
+        remedy = did_you_mean(path.name, names)
     if not explicit:
         remedy += f"; if the hub id is meant: hf download {source}"
     raise ModelError(f"no model at {source}", file=source, remedy=remedy)

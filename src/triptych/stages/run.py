@@ -29,7 +29,7 @@ from triptych.engine.train_config import TrainConfig
 from triptych.engine.trainer import Trainer
 from triptych.models.tuning import check_gradients
 from triptych.models.vlm import VlmScorer
-from triptych.stages.build import Built, preflight, resolved, settled, training_loader
+from triptych.stages.build import Built, check_output, preflight, resolved, settled, training_loader
 from triptych.stages.doctor import environment
 from triptych.stages.keeping import open_store
 from triptych.stages.micro_batch import PLANNED, Found, settle_loader
@@ -46,6 +46,7 @@ FACTS = "facts.json"
 def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTree, *, dry_run: bool = False) -> None:
     """Train one stage into `recipe.output`; an unfinished run resumes from its newest checkpoint."""
     console = Console(quiet=not is_main())
+    check_output(Path(recipe.output))
     runtime = Runtime(recipe.train.runtime)
     if recipe.train.runtime.keep_memory and runtime.device.type == "cpu":
         keep_memory()
@@ -61,7 +62,7 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
         return
     output = Path(recipe.output)
     built.show(console)
-    show_choices(recipe, built, runtime, console)
+    show_choices(recipe, built, console, runtime)
     is_new = not has_checkpoint(output)
     with locked(output):
         if is_main() and is_new:
@@ -166,15 +167,20 @@ def make_trainer(
     )
 
 
-def show_choices(recipe: StageRecipe, built: Built, runtime: Runtime, console: Console) -> None:
-    """What the recipe may have left open, and a setting that the others leave without effect."""
+def show_choices(recipe: StageRecipe, built: Built, console: Console, runtime: Runtime | None = None) -> None:
+    """What the recipe may have left open, and a setting that the others leave without effect.
+
+    Args:
+        runtime: None in a dry run, which may be for another machine.
+    """
 
     def say(words: str) -> None:
         console.print(words, markup=False, highlight=False, soft_wrap=True)
 
-    say(f"device {runtime.device.type}, precision {runtime.precision}, strategy {runtime.strategy}")
+    if runtime is not None:
+        say(f"device {runtime.device.type}, precision {runtime.precision}, strategy {runtime.strategy}")
     if built.by_picture:
-        say(f"rows_per_picture: {recipe.loader.most_per_picture}, the most that are computed together")
+        say(f"loader.rows_per_picture: up to {recipe.loader.most_per_picture} rows about a picture follow each other")
     limit = recipe.train.memory_limit
     if recipe.loader.micro_batch != "auto" and limit != TrainConfig().memory_limit:
         say(f"train.memory_limit: {limit} has no effect, since `loader.micro_batch` is not `auto`")
@@ -183,6 +189,7 @@ def show_choices(recipe: StageRecipe, built: Built, runtime: Runtime, console: C
 def show_plan(recipe: StageRecipe, built: Built, console: Console) -> None:
     """What would be trained, on how many rows, in how many steps."""
     built.show(console)
+    show_choices(recipe, built, console)
     mixture = Mixture([len(item) for item in built.datasets], [item.config.weight for item in built.datasets], 0)
     for dataset, quota in zip(built.datasets, mixture.quotas, strict=True):
         console.print(f"{dataset.name}: {len(dataset)} rows, {quota} draws an epoch", markup=False)

@@ -53,3 +53,14 @@ def test_a_file_system_without_locks_is_warned_about(
     with caplog.at_level(logging.WARNING), locked(tmp_path):
         pass
     assert "cannot be locked" in caplog.text and "start no second run in it" in caplog.text
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with (
+        pytest.raises(TrainingError, match="cannot be written: Not a directory") as caught,
+        locked(tmp_path / "taken/run"),
+    ):
+        pass
+    (problem,) = caught.value.problems
+    assert (problem.file, problem.key) == (str(tmp_path / "taken" / "run"), "output")

@@ -85,6 +85,18 @@ def test_the_model_of_a_run_that_was_not_made_yet_says_so(tmp_path: Path, monkey
     )
 
 
+def test_the_model_of_a_run_that_has_not_ended_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    for name in (".lock", "recipe.yaml"):
+        (tmp_path / "runs" / "first" / name).touch()
+    with pytest.raises(ModelError, match="no model at runs/first/model") as caught:
+        resolve_source("runs/first/model")
+    assert "the run in runs/first has not come to its end: `triptych train` its recipe" in str(caught.value)
+    with pytest.raises(ModelError, match=r"known: recipe\.yaml"):
+        resolve_source("runs/first/other")
+
+
 def test_a_downloaded_hub_model_is_taken_although_a_folder_has_its_owner_s_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from triptych.models.components import find_components, tree_obstacle
 from triptych.models.generation import Prompt, generate
 from triptych.models.pictures import make_pictures
 from triptych.models.tree_attention import TREE_ATTENTION
-from triptych.models.trees import make_layout
+from triptych.models.trees import _runs, make_layout
 from triptych.models.vlm import VlmScorer
 
 EVERY = (*FAMILIES, "llava_clip", "gemma3 narrow")
@@ -193,6 +193,33 @@ def test_a_trunk_that_cuts_a_picture_is_refused() -> None:
         fast(replace(batch, trunk_lengths=batch.trunk_lengths - 3))
 
 
+@pytest.mark.parametrize(
+    "spans",
+    [[(3, 4), (20, 4), (9, 4)], [(3, 5), (20, 4), (9, 3)], [(0, 4), (4, 4)], [(5, 6)], [(20, 4), (3, 4)]],
+    ids=["uneven", "padded", "even", "single", "descending"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_runs_are_taken_written_and_added_in_place(spans: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    runs = _runs(spans, torch.device("cpu"))
+    for states in (
+        torch.randn(30, 3, 2, generator=generator).to(dtype),
+        torch.randn(3, 30, 2, generator=generator).to(dtype).transpose(0, 1),
+        torch.randn(30, 3, generator=generator).to(dtype),
+    ):
+        taken = runs.take(states)
+        values = torch.randn(taken.shape, generator=generator).to(dtype)
+        put, added = states.clone(), states.clone()
+        runs.put(put, values)
+        runs.add(added, values)
+        expected_put, expected_added = states.clone(), states.clone()
+        for number, (start, size) in enumerate(spans):
+            assert torch.equal(taken[number, :size], states[start : start + size])
+            expected_put[start : start + size] = values[number, :size]
+            expected_added[start : start + size] += values[number, :size]
+        assert torch.equal(put, expected_put) and torch.equal(added, expected_added)
+
+
 def test_a_language_model_that_is_not_known_takes_the_plain_path(caplog: pytest.LogCaptureFixture) -> None:
     model, _, _ = tiny_family("llava")
     model.config.text_config.model_type = "bloom"
@@ -223,6 +250,21 @@ def test_compiled_blocks_score_the_same(family: str, recomputed: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_a_compiled_block_is_two_graphs_around_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast, tokenizer, pictures = _scorers("llava", torch.float32)
+    monkeypatch.setattr(torch._dynamo.config, "nested_graph_breaks", False)
+    blocks = [f"hf.{path}" for path in fast.components.layers["language"]]
+    runtime = Runtime(RuntimeConfig(precision="bf16", compile=True))
+    runtime.wrap(fast, blocks)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    batch = tree_batch(TREES, tokenizer, pictures)
+    with runtime.autocast():
+        _run(fast, batch, torch.full((int(batch.supervised.sum()),), 1 / 20))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.slow

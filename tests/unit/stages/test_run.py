@@ -46,21 +46,24 @@ def test_a_dry_run_says_what_the_real_one_would(files: Files, tmp_path: Path) ->
 
 def test_a_run_says_what_the_recipe_left_open_and_what_has_no_effect(files: Files, tmp_path: Path) -> None:
     file = recipe(files, tmp_path)
-    done = triptych("train", file, "train.runtime.precision=fp32", "train.memory_limit=1 GiB")
-    assert done.status == 0, done.err
-    assert "device cpu, precision fp32, strategy single" in done.out or torch.cuda.is_available()
-    assert "rows_per_picture: 1, the most that are computed together" in done.out
-    assert "train.memory_limit: 1 GiB has no effect" in done.out
-    again = triptych("train", file, f"output={tmp_path / 'other'}", "loader.rows_per_picture=3")
-    assert again.status == 0 and "rows_per_picture: 3" in again.out and "has no effect" not in again.out
+    for more in ([], ["--dry-run"]):
+        done = triptych("train", file, "train.runtime.precision=fp32", "train.memory_limit=1 GiB", *more)
+        assert done.status == 0, done.err
+        assert "loader.rows_per_picture: up to 1 rows about a picture follow each other" in done.out
+        assert "train.memory_limit: 1 GiB has no effect" in done.out
+        assert ("precision fp32, strategy single" in done.out) == (not more)
+    again = triptych("train", file, "--dry-run", f"output={tmp_path / 'other'}", "loader.rows_per_picture=3")
+    assert again.status == 0 and "up to 3 rows" in again.out and "has no effect" not in again.out
 
 
-def test_an_output_folder_that_cannot_be_made_is_named_with_its_key(files: Files, tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_made_is_named_by_every_command(files: Files, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
-    refused = triptych("train", recipe(files, tmp_path), f"output={tmp_path / 'taken' / 'run'}")
-    assert refused.status == 1
-    assert f"{tmp_path / 'taken' / 'run'}: output: the output folder cannot be written: Not a directory" in refused.err
-    assert "give another `output`" in refused.err
+    output = tmp_path / "taken" / "run"
+    for command, *more in ("check",), ("train",), ("train", "--dry-run"):
+        refused = triptych(command, recipe(files, tmp_path), f"output={output}", *more)
+        assert refused.status == 1
+        assert f"output: the output folder {output} cannot be written: {tmp_path / 'taken'} is no folder" in refused.err
+        assert "give another `output`" in refused.err
 
 
 def test_a_finished_run_that_is_started_again_stays_what_later_stages_began_from(files: Files, tmp_path: Path) -> None:
