@@ -16,7 +16,7 @@ from triptych.data.check import CheckReport, Finding, check_datasets, open_datas
 from triptych.data.formats import Dataset
 from triptych.data.show import show_example
 from triptych.engine.state import seed_everything
-from triptych.stages.build import Built, check_output, preflight
+from triptych.stages.build import Built, preflight
 from triptych.stages.evaluating import EvaluationRecipe
 from triptych.stages.locate import in_recipe
 from triptych.stages.micro_batch import PLANNED
@@ -52,7 +52,6 @@ def _check_stage(stage: Stage, samples: int, console: Console) -> bool:
     datasets, findings = open_datasets(configs, Path.cwd())
     built = None
     if not isinstance(recipe, EvaluationRecipe) and stage.build is not None and stage.is_ready and not findings:
-        check_output(Path(recipe.output))
         seed_everything(recipe.train.seed)
         built = stage.build(recipe)
         preflight(recipe, built)

@@ -46,7 +46,8 @@ FACTS = "facts.json"
 def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTree, *, dry_run: bool = False) -> None:
     """Train one stage into `recipe.output`; an unfinished run resumes from its newest checkpoint."""
     console = Console(quiet=not is_main())
-    check_output(Path(recipe.output))
+    if not dry_run:  # which may be for another machine
+        check_output(Path(recipe.output))
     runtime = Runtime(recipe.train.runtime)
     if recipe.train.runtime.keep_memory and runtime.device.type == "cpu":
         keep_memory()
@@ -55,9 +56,6 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
     preflight(recipe, built, None if dry_run else runtime.device)  # a dry run may be for another machine
     if dry_run:
         show_plan(recipe, built, console)
-        step = Checkpoints(Path(recipe.output) / "checkpoints", resolved(recipe), recipe.train.keep_last).resumable()
-        if step is not None:
-            console.print(f"{recipe.output} holds a run of this recipe: it would resume at step {step}", soft_wrap=True)
         runtime.close()
         return
     output = Path(recipe.output)
@@ -187,7 +185,7 @@ def show_choices(recipe: StageRecipe, built: Built, console: Console, runtime: R
 
 
 def show_plan(recipe: StageRecipe, built: Built, console: Console) -> None:
-    """What would be trained, on how many rows, in how many steps."""
+    """What would be trained, on how many rows, in how many steps, and from which of them on."""
     built.show(console)
     show_choices(recipe, built, console)
     mixture = Mixture([len(item) for item in built.datasets], [item.config.weight for item in built.datasets], 0)
@@ -199,3 +197,6 @@ def show_plan(recipe: StageRecipe, built: Built, console: Console) -> None:
     )
     if recipe.loader.micro_batch == "auto":
         console.print(PLANNED)
+    step = Checkpoints(Path(recipe.output) / "checkpoints", resolved(recipe), recipe.train.keep_last).resumable()
+    if step is not None:
+        console.print(f"{recipe.output} holds a run of this recipe: it would resume at step {step}", soft_wrap=True)

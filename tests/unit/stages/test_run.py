@@ -56,14 +56,18 @@ def test_a_run_says_what_the_recipe_left_open_and_what_has_no_effect(files: File
     assert again.status == 0 and "up to 3 rows" in again.out and "has no effect" not in again.out
 
 
-def test_an_output_folder_that_cannot_be_made_is_named_by_every_command(files: Files, tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_made_is_refused_where_training_would_begin(
+    files: Files, tmp_path: Path
+) -> None:
     (tmp_path / "taken").write_text("a file")
     output = tmp_path / "taken" / "run"
-    for command, *more in ("check",), ("train",), ("train", "--dry-run"):
-        refused = triptych(command, recipe(files, tmp_path), f"output={output}", *more)
-        assert refused.status == 1
-        assert f"output: the output folder {output} cannot be written: {tmp_path / 'taken'} is no folder" in refused.err
-        assert "give another `output`" in refused.err
+    refused = triptych("train", recipe(files, tmp_path), f"output={output}")
+    assert refused.status == 1
+    assert f"output: the output folder {output} cannot be written: {tmp_path / 'taken'} is no folder" in refused.err
+    assert "give another `output`" in refused.err
+    # Both may be for another machine.
+    for command, *more in ("check",), ("train", "--dry-run"):
+        assert triptych(command, recipe(files, tmp_path), f"output={output}", *more).status == 0
 
 
 def test_a_finished_run_that_is_started_again_stays_what_later_stages_began_from(files: Files, tmp_path: Path) -> None:
