@@ -1,15 +1,17 @@
 """`make bench`: Triptych's steps against those of other tools, in turns, in one process a row; medians and ratios.
 
 Writes `benchmarks/results/latest.json`: {"machine", "rows": [{"name", "ours", "peer", "unit", "peer_name", "ratio",
-"memory_ratio", "n", ...}], "failed": [{"name", "error", ...}], "scaling": [...]}. A ratio above 1 means that we are
-faster; the memory ratio is our added peak over the peer's, null where only time is compared. Rows that are not measured
-this time keep their figures, each with its date and machine.
+"memory_ratio", "n", ...}], "failed": [{"name", "error", ...}], "scaling": [...]}. A ratio is the median
+over turns of the peer's seconds by ours in the same turn (`ratios`); above 1 we are faster. The memory ratio is our
+added peak over the peer's, null where only time is compared. Rows that are not measured this time keep their figures,
+each with its date and machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from benchmarks.process import COMMAND, Remote, serve
 from benchmarks.record import device, has_bf16, precision
 from benchmarks.row import Setting
 from benchmarks.table import BESIDE, COMPILED, OTHER_TURNS, PLAIN, ROWS, TARGETS, TURNS
-from benchmarks.timing import Timing, Turns, interleave
+from benchmarks.timing import Timing, Turns, interleave, turn_ratios
 from triptych.engine.allocator import ENVIRONMENT, keep_memory
 
 WAYS = ("ours", "peer")
@@ -151,6 +153,7 @@ def describe(name: str, about: Mapping[str, Any], ours: Timing, peer: Timing) ->
     """
     target = TARGETS.get(name)  # those of other scales have none
     key = name.partition("@")[0]
+    ratios = turn_ratios(ours, peer)
     return {
         "name": name,
         "ours": ours.median,
@@ -158,7 +161,7 @@ def describe(name: str, about: Mapping[str, Any], ours: Timing, peer: Timing) ->
         **about,
         "compiled": key in COMPILED,
         "memory_kept": key not in PLAIN,
-        "ratio": peer.median / ours.median,
+        "ratio": statistics.median(ratios),
         "memory_ratio": ours.added / peer.added if peer.added else None,
         "target_ratio": None if target is None else target.ratio,
         "target_memory": None if target is None else target.memory,
@@ -166,6 +169,7 @@ def describe(name: str, about: Mapping[str, Any], ours: Timing, peer: Timing) ->
         "peer_bytes": peer.added,
         "ours_seconds": ours.seconds,
         "peer_seconds": peer.seconds,
+        "ratios": ratios,
         "n": len(ours.seconds),
         "disturbed": ours.disturbed + peer.disturbed,
         "precision": precision(),

@@ -31,10 +31,12 @@ INTRODUCTION = f"""\
 Both ways take the same step of the same model, with fused AdamW, in turns: each has a process of its own, which sleeps
 while the other takes its step. Before each timed step the command waits until others use less than {QUIET:.0%} of the
 processors, for a minute at most; steps measured in spite of them, or during which they began, are counted as disturbed.
-Seconds are medians. Memory is what one more step adds, which is not timed: resident memory, looked at every 10 ms, less
-that before the step, when free memory is given back, gradients are freed and the optimizer's state exists. A ratio
-above 1 means that we are faster; a share of memory below 1 means that we need less. That both ways compute the same
-loss and gradients (or tokens) is tested for every row.
+Seconds are medians. How many times as fast we are is the median over turns of the peer's seconds by ours in the same
+turn, since what slows the machine for longer than a step slows both; the lowest and the highest turn stand beside it.
+Memory is what one more step adds, which is not timed: resident memory, looked at every 10 ms, less that before the
+step, when free memory is given back, gradients are freed and the optimizer's state exists. A ratio above 1 means that
+we are faster; a share of memory below 1 means that we need less. That both ways compute the same loss and gradients (or
+tokens) is tested for every row.
 
 Models have random weights and real shapes: SmolLM2-135M behind a tower of 22 million parameters that rests, unless a
 row says otherwise. **Its vocabulary of {VOCABULARY:,} words is large for its size, which inflates what is won by
@@ -202,8 +204,9 @@ def _products(name: str, operations: Mapping[str, Result]) -> str:
 
 def _table(rows: Sequence[Result], operations: Mapping[str, Result]) -> str:
     lines = [
-        "| row | ours | peer | times as fast | products | target | memory | target | n | precision | against |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+        "| row | ours | peer | times as fast | lowest to highest | products | target | memory | target | n | precision "
+        "| against |",
+        f"| --- |{' ---: |' * 9} --- | --- |",
     ]
     for row in rows:
         count = f"{row['n']}, {row['disturbed']} disturbed" if row.get("disturbed") else f"{row['n']}"
@@ -212,6 +215,7 @@ def _table(rows: Sequence[Result], operations: Mapping[str, Result]) -> str:
             f"{row['ours']:.3g}" + (" (compiled)" if row.get("compiled") else ""),
             f"{row['peer']:.3g}",
             f"{row['ratio']:.2f}" if row["ratio"] >= 1 else f"**{row['ratio']:.2f}: the peer is faster**",
+            f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}",
             _products(row["name"], operations),
             _target(row.get("target_ratio"), _misses_time(row)),
             _share(row["memory_ratio"]),

@@ -6,6 +6,7 @@ small against its vocabulary of 49,152 words, which flatters neither way: both s
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from benchmarks import ours, peers
 from benchmarks.models import FULL, VOCABULARY, Scale, make_example
 from benchmarks.row import Row, Setting
 from benchmarks.rows import prepare, training_way
-from benchmarks.timing import Local, Turns, interleave
+from benchmarks.timing import Local, Turns, interleave, turn_ratios
 
 TURNS = Turns(least=2, most=2)
 PEER_NAME = "TRL's GPU algorithm written down again, one row a question"
@@ -119,7 +120,7 @@ def _measure(point: Point, setting: Setting) -> dict[str, Any]:
         "peer_name": row.peer_name,
         "ours_bytes": first.added,
         "peer_bytes": second.added,
-        "ratio": second.median / first.median,
+        "ratio": statistics.median(turn_ratios(first, second)),
         "memory_ratio": first.added / second.added,
         "parameters": sum(parameter.numel() for parameter in row.ours.model.parameters()),
         "n": len(first.seconds),

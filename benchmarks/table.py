@@ -55,7 +55,7 @@ TARGETS: Mapping[str, Target] = {
 }
 """Rows without an entry are measured for what they show, see `BESIDE`."""
 
-TURNS = Turns(least=2, most=5, seconds=45)
+TURNS = Turns(least=3, most=9, seconds=60)
 OTHER_TURNS: Mapping[str, Turns] = {
     # Half a second, so that a moment's disturbance shows.
     "loader_vqa": Turns(least=41, most=41),

@@ -69,6 +69,14 @@ class Timing:
         return statistics.median(self.seconds)
 
 
+def turn_ratios(ours: Timing, peer: Timing) -> list[float]:
+    """How many times as fast ours was in each turn.
+
+    What slows the machine for longer than a step slows both steps of a turn, and leaves their ratio mostly alone.
+    """
+    return [second / first for first, second in zip(ours.seconds, peer.seconds, strict=True)]
+
+
 @dataclass(frozen=True)
 class Turns:
     """How often each way takes its timed step."""

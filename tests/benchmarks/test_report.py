@@ -22,6 +22,7 @@ def row(name: str, ratio: float, memory: float, **more: Any) -> dict[str, Any]:
         "peer_name": f"the peer of {name}",
         "peer_kind": "as users run it",
         "ratio": ratio,
+        "ratios": [ratio, ratio - 0.1, ratio + 0.2],
         "memory_ratio": memory,
         "n": 3,
         "disturbed": 0,
@@ -73,21 +74,22 @@ def line_of(page: str, name: str) -> list[str]:
 def test_rows_stand_with_their_targets_and_peers() -> None:
     page = report.page(RESULT, operations={"fast": {"ours": 20, "peer": 45}})
     fast = line_of(page, "fast")
-    assert fast[1:10] == ["2", "5", "2.50", "2.25", "2", "0.50", "0.75", "3", "float32"]
-    assert fast[10] == "the peer of fast (seconds a step; as users run it)"
+    assert fast[1:11] == ["2", "5", "2.50", "2.40 to 2.70", "2.25", "2", "0.50", "0.75", "3", "float32"]
+    assert fast[11] == "the peer of fast (seconds a step; as users run it)"
 
 
 def test_a_peer_that_is_ahead_and_a_missed_target_are_marked() -> None:
     page = report.page(RESULT)
-    assert line_of(page, "slow")[3:9] == [
+    assert line_of(page, "slow")[3:10] == [
         "**0.73: the peer is faster**",
+        "0.63 to 0.93",
         "-",
         "0.7",
         "**1.20: the peer needs less**",
         "0.25, **missed**",
         "3, 2 disturbed",
     ]
-    assert line_of(page, "missed")[3:8] == ["1.20", "-", "1.5, **missed**", "0.90", "-"]
+    assert line_of(page, "missed")[3:9] == ["1.20", "1.10 to 1.40", "-", "1.5, **missed**", "0.90", "-"]
     assert "- The peer is faster in: `slow` (0.73)." in page
     assert "- The peer needs less memory in: `slow` (1.20)." in page
     assert "- Targets are missed in: `slow`, `missed`." in page
