@@ -1,10 +1,10 @@
 """`make bench`: Triptych's steps against those of other tools, in turns, in one process a row; medians and ratios.
 
 Writes `benchmarks/results/latest.json`: {"machine", "rows": [{"name", "ours", "peer", "unit", "peer_name", "ratio",
-"memory_ratio", "n", ...}], "failed": [{"name", "error", ...}], "scaling": [...]}. A ratio is the median
-over turns of the peer's seconds by ours in the same turn (`ratios`); above 1 we are faster. The memory ratio is our
-added peak over the peer's, null where only time is compared. Rows that are not measured this time keep their figures,
-each with its date and machine.
+"memory_ratio", "n", ...}], "failed": [{"name", "error", ...}], "scaling": [...]}. A ratio is the median over turns of
+the peer's seconds by ours in the same turn; above 1 we are faster. The memory ratio is our added peak over the peer's,
+null where only time is compared. Rows that are not measured this time keep their figures, each with its date and
+machine.
 """
 
 from __future__ import annotations
@@ -153,7 +153,6 @@ def describe(name: str, about: Mapping[str, Any], ours: Timing, peer: Timing) ->
     """
     target = TARGETS.get(name)  # those of other scales have none
     key = name.partition("@")[0]
-    ratios = turn_ratios(ours, peer)
     return {
         "name": name,
         "ours": ours.median,
@@ -161,7 +160,7 @@ def describe(name: str, about: Mapping[str, Any], ours: Timing, peer: Timing) ->
         **about,
         "compiled": key in COMPILED,
         "memory_kept": key not in PLAIN,
-        "ratio": statistics.median(ratios),
+        "ratio": statistics.median(turn_ratios(ours.seconds, peer.seconds)),
         "memory_ratio": ours.added / peer.added if peer.added else None,
         "target_ratio": None if target is None else target.ratio,
         "target_memory": None if target is None else target.memory,
@@ -169,7 +168,6 @@ def describe(name: str, about: Mapping[str, Any], ours: Timing, peer: Timing) ->
         "peer_bytes": peer.added,
         "ours_seconds": ours.seconds,
         "peer_seconds": peer.seconds,
-        "ratios": ratios,
         "n": len(ours.seconds),
         "disturbed": ours.disturbed + peer.disturbed,
         "precision": precision(),

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from benchmarks import allocator, figures, products, questions, record
 from benchmarks.models import VOCABULARY
 from benchmarks.record import Result
-from benchmarks.timing import QUIET
+from benchmarks.timing import QUIET, turn_ratios
 
 DOCS = Path(__file__).parent.parent / "docs"
 PLOTS = "benchmarks"
@@ -210,12 +210,13 @@ def _table(rows: Sequence[Result], operations: Mapping[str, Result]) -> str:
     ]
     for row in rows:
         count = f"{row['n']}, {row['disturbed']} disturbed" if row.get("disturbed") else f"{row['n']}"
+        turns = turn_ratios(row["ours_seconds"], row["peer_seconds"])
         cells = [
             f"`{row['name']}`",
             f"{row['ours']:.3g}" + (" (compiled)" if row.get("compiled") else ""),
             f"{row['peer']:.3g}",
             f"{row['ratio']:.2f}" if row["ratio"] >= 1 else f"**{row['ratio']:.2f}: the peer is faster**",
-            f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}",
+            f"{min(turns):.2f} to {max(turns):.2f}",
             _products(row["name"], operations),
             _target(row.get("target_ratio"), _misses_time(row)),
             _share(row["memory_ratio"]),

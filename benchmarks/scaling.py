@@ -120,7 +120,7 @@ def _measure(point: Point, setting: Setting) -> dict[str, Any]:
         "peer_name": row.peer_name,
         "ours_bytes": first.added,
         "peer_bytes": second.added,
-        "ratio": statistics.median(turn_ratios(first, second)),
+        "ratio": statistics.median(turn_ratios(first.seconds, second.seconds)),
         "memory_ratio": first.added / second.added,
         "parameters": sum(parameter.numel() for parameter in row.ours.model.parameters()),
         "n": len(first.seconds),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -69,12 +69,12 @@ class Timing:
         return statistics.median(self.seconds)
 
 
-def turn_ratios(ours: Timing, peer: Timing) -> list[float]:
-    """How many times as fast ours was in each turn.
+def turn_ratios(ours: Sequence[float], peer: Sequence[float]) -> list[float]:
+    """How many times as fast ours was in each turn, from both ways' seconds.
 
     What slows the machine for longer than a step slows both steps of a turn, and leaves their ratio mostly alone.
     """
-    return [second / first for first, second in zip(ours.seconds, peer.seconds, strict=True)]
+    return [second / first for first, second in zip(ours, peer, strict=True)]
 
 
 @dataclass(frozen=True)

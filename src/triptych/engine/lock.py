@@ -38,18 +38,26 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse an output folder that cannot be written, before anything large is loaded for it.
+
+    Raises:
+        TrainingError: it, or the nearest folder above it that exists, is no folder that this process may write.
+    """
+    existing = next(item for item in (folder, *folder.absolute().parents) if item.exists())
+    if not existing.is_dir():
+        raise _unwritable(folder, f"{existing} is no folder")
+    if not os.access(existing, os.W_OK):
+        raise _unwritable(folder, f"{existing} may not be written")
+
+
 def _take(folder: Path) -> tuple[int | None, TrainingError | None]:
     """File descriptor that holds the lock, or why there is none; neither on a file system without locks."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        return None, TrainingError(
-            f"the output folder cannot be written: {error.strerror}",
-            file=str(folder),
-            key="output",
-            remedy="give another `output`, or make it a folder that you may write",
-        )
+        return None, _unwritable(folder, str(error.strerror))
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -68,3 +76,12 @@ def _take(folder: Path) -> tuple[int | None, TrainingError | None]:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()}\n".encode())
     return descriptor, None
+
+
+def _unwritable(folder: Path, why: str) -> TrainingError:
+    return TrainingError(
+        f"the output folder cannot be written: {why}",
+        file=str(folder),
+        key="output",
+        remedy="give another `output`, or make it a folder that you may write",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -215,20 +214,6 @@ def pair_rows(encode: Callable[[Sample], Example]) -> Callable[[Sample], Example
         return encode(sample)
 
     return checked
-
-
-def check_output(folder: Path) -> None:
-    """Refuse an output folder that cannot be written, before a model is loaded for it.
-
-    Raises:
-        ConfigError: it, or the nearest folder above it that exists, is no folder that this process may write.
-    """
-    existing = next(item for item in (folder, *folder.absolute().parents) if item.exists())
-    if existing.is_dir() and os.access(existing, os.W_OK):
-        return
-    why = "may not be written" if existing.is_dir() else "is no folder"
-    remedy = "give another `output`, or make it a folder that you may write"
-    raise ConfigError(f"the output folder {folder} cannot be written: {existing} {why}", key="output", remedy=remedy)
 
 
 def preflight(recipe: StageRecipe, built: Built, device: torch.device | None = None) -> None:

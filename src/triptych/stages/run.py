@@ -21,7 +21,7 @@ from triptych.data.loader import LoaderConfig
 from triptych.data.mixture import Mixture
 from triptych.engine.allocator import keep_memory
 from triptych.engine.checkpoint import Checkpoints
-from triptych.engine.lock import locked
+from triptych.engine.lock import check_writable, locked
 from triptych.engine.monitors import build_monitors
 from triptych.engine.parallel import Runtime
 from triptych.engine.state import seed_everything
@@ -29,7 +29,7 @@ from triptych.engine.train_config import TrainConfig
 from triptych.engine.trainer import Trainer
 from triptych.models.tuning import check_gradients
 from triptych.models.vlm import VlmScorer
-from triptych.stages.build import Built, check_output, preflight, resolved, settled, training_loader
+from triptych.stages.build import Built, preflight, resolved, settled, training_loader
 from triptych.stages.doctor import environment
 from triptych.stages.keeping import open_store
 from triptych.stages.micro_batch import PLANNED, Found, settle_loader
@@ -47,7 +47,7 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
     """Train one stage into `recipe.output`; an unfinished run resumes from its newest checkpoint."""
     console = Console(quiet=not is_main())
     if not dry_run:  # which may be for another machine
-        check_output(Path(recipe.output))
+        check_writable(Path(recipe.output))
     runtime = Runtime(recipe.train.runtime)
     if recipe.train.runtime.keep_memory and runtime.device.type == "cpu":
         keep_memory()

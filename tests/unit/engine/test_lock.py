@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from triptych.core.errors import TrainingError
-from triptych.engine.lock import NAME, locked
+from triptych.engine.lock import NAME, check_writable, locked
 
 HOLDER = """
 import sys, time
@@ -64,3 +64,15 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         pass
     (problem,) = caught.value.problems
     assert (problem.file, problem.key) == (str(tmp_path / "taken" / "run"), "output")
+
+
+def test_where_nothing_may_be_written_is_known_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "new"
+    check_writable(folder)
+    assert not folder.parent.exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(TrainingError, match=f"cannot be written: {tmp_path} may not be written") as caught:
+        check_writable(folder)
+    assert (caught.value.problems[0].file, caught.value.problems[0].key) == (str(folder), "output")

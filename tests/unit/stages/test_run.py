@@ -63,7 +63,7 @@ def test_an_output_folder_that_cannot_be_made_is_refused_where_training_would_be
     output = tmp_path / "taken" / "run"
     refused = triptych("train", recipe(files, tmp_path), f"output={output}")
     assert refused.status == 1
-    assert f"output: the output folder {output} cannot be written: {tmp_path / 'taken'} is no folder" in refused.err
+    assert f"{output}: output: the output folder cannot be written: {tmp_path / 'taken'} is no folder" in refused.err
     assert "give another `output`" in refused.err
     # Both may be for another machine.
     for command, *more in ("check",), ("train", "--dry-run"):
