@@ -210,19 +210,26 @@ def main() -> None:
 
     Exit status: 0 all is well, 1 an error, 2 a wrong command line, 130 interrupted.
     """
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    status = _run(Console(stderr=True, highlight=False, soft_wrap=True))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from triptych.engine.parallel import end_process
+
+        end_process(status)
+    sys.exit(status)
+
+
+def _run(errors: Console) -> int:
+    """The exit status of the command, with its error printed."""
     try:
         app()
-    except TriptychError as error:
+    except (TriptychError, OSError) as error:  # of the system: a full disk, a folder that may not be written
         errors.print(f"error: {error}", markup=False)
-        sys.exit(1)
-    except OSError as error:  # a full disk, a folder that may not be written
-        errors.print(f"error: {error}", markup=False)
-        sys.exit(1)
+        return 1
     except SystemExit as end:
         if end.code == INTERRUPTED:
             errors.print("interrupted; the same command resumes a training run", markup=False)
-        raise
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
 if __name__ == "__main__":

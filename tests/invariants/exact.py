@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tests.invariants.launch import end
 from tests.invariants.real import UNUSED, Attached, Pictures
 from tests.invariants.toys import runtime
 from tests.tiny import Answer, Row, as_trees, batch_of, noise, tiny_clip, tiny_family, tiny_siglip
@@ -231,8 +232,8 @@ def main(folder: Path) -> None:
         f"{strategy}/{name}": run_rank(name, strategy) for strategy in ("ddp", "fsdp") for name in CASES
     }
     torch.save({**report, "world_size": distributed.world_size()}, folder / f"{distributed.rank()}.pt")
-    runtime().close()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end()

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.invariants.exact import RANKS, Case, Split, block_paths, gradients_of, numbered, words
+from tests.invariants.launch import end
 from tests.invariants.toys import relative_distance, runtime
 from tests.tiny import Answer, Row, batch_of, noise
 from triptych.core import distributed
@@ -144,8 +145,8 @@ def main(name: str, strategy: str, folder: Path) -> None:
     distance = relative_distance(torch.load(folder / "gradient.pt", mmap=True), found)
     report = {"loss": loss, "distance": distance, "sharded": sharded, "world_size": distributed.world_size()}
     (folder / f"{distributed.rank()}.json").write_text(json.dumps(report), encoding="utf-8")
-    engine.close()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    end()

@@ -7,12 +7,29 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+from triptych.engine.parallel import end_process, leave
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(module: str, arguments: list[str], world_size: int = 2, timeout: float = 500) -> None:
-    """Run `python -m module arguments` on every rank; raises with the output of the ranks that failed."""
+def end() -> NoReturn:
+    """Leave the group and end, as every worker does."""
+    leave()
+    end_process(0)
+
+
+def launch(module: str, arguments: list[str], world_size: int = 2, timeout: float = 500, status: int = 0) -> list[str]:
+    """Run `python -m module arguments` on every rank.
+
+    Args:
+        timeout: seconds a rank may take.
+        status: how each rank must end; else this raises with the output of those that ended otherwise.
+
+    Returns:
+        What each rank printed.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -37,5 +54,8 @@ def launch(module: str, arguments: list[str], world_size: int = 2, timeout: floa
     finally:
         for process in processes:
             process.kill()
-    failed = [f"rank {rank}:\n{outputs[rank]}" for rank, process in enumerate(processes) if process.returncode]
+    failed = [
+        f"rank {rank}:\n{outputs[rank]}" for rank, process in enumerate(processes) if process.returncode != status
+    ]
     assert not failed, "\n".join(failed)
+    return outputs

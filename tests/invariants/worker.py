@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tests.invariants.launch import end
 from tests.invariants.real import UNUSED, real_case
 from tests.invariants.toys import OBJECTIVES, ToyReference, ToyScorer, ToySource, runtime, toy_batch, toy_groups
 from triptych.core import distributed
@@ -180,8 +181,8 @@ def main(folder: Path) -> None:
         report[f"{strategy}/overflow"] = run_overflow(strategy)
     report["world_size"] = distributed.world_size()
     torch.save(report, folder / f"{distributed.rank()}.pt")
-    runtime().close()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from triptych.core.errors import TriptychError
+
+_PATIENCE = timedelta(days=30)
+"""How long ranks wait for work that the main rank does alone."""
 
 
 def is_distributed() -> bool:
@@ -87,3 +94,25 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def call_on_main(work: Callable[[], object]) -> None:
+    """Let the main rank work alone while the others wait, however long it takes; every rank must call this.
+
+    Raises:
+        TriptychError, OSError: what the work raised, on every rank.
+    """
+    if not is_distributed():
+        work()
+        return
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    failure: list[TriptychError | OSError | None] = [None]
+    if is_main():
+        try:
+            work()
+        except (TriptychError, OSError) as error:
+            failure = [error]
+    dist.broadcast_object_list(failure, src=0, group=group)
+    dist.destroy_process_group(group)
+    if failure[0] is not None:
+        raise failure[0]

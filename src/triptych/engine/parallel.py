@@ -7,9 +7,10 @@ wrapped module has (`optim.bind_groups`).
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -53,15 +54,16 @@ class RuntimeConfig(Config):
 class Runtime:
     """Device, precision and parallelism of this process.
 
-    Joins the process group when launched by torchrun or `accelerate launch` (gloo on CPU, nccl on GPU).
+    Joins the process group, as `join` does.
 
     Raises:
+        TrainingError: this process has left its group.
         ConfigError: the strategy does not fit the number of processes or what `accelerate launch` asked for.
     """
 
     def __init__(self, config: RuntimeConfig) -> None:
         self.config = config
-        self.device: torch.device = PartialState(cpu=not torch.cuda.is_available()).device
+        self.device = join()
         self.world_size = distributed.world_size()
         self.precision: Precision = resolve_precision(config.precision, self.device)
         self.strategy: Strategy = resolve_strategy(config.strategy, self.world_size, os.environ)
@@ -186,14 +188,6 @@ class Runtime:
         if self.scaler is not None:
             self.scaler.load_state_dict(dict(state))
 
-    def close(self) -> None:
-        """Leave the process group, all ranks together; for the end of a run that went well."""
-        if dist.is_initialized():
-            # A thread of gloo that lets go of the last collective's tensors needs Python, and aborts the process where
-            # Python is ending already. The barrier waits for such threads without holding Python.
-            dist.barrier()
-            dist.destroy_process_group()
-
     def _wrap_ddp(self, scorer: nn.Module) -> nn.Module:
         options = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         accelerator = Accelerator(
@@ -236,6 +230,46 @@ class Runtime:
                     remedy="load the model in float32, or train in bf16",
                 )
             )
+
+
+def join() -> torch.device:
+    """Join the process group when launched by torchrun or `accelerate launch` (gloo on CPU, nccl on GPU).
+
+    A process joins once, whatever it trains one after the other; further calls only return its device.
+
+    Raises:
+        TrainingError: this process has left its group.
+    """
+    device: torch.device = PartialState(cpu=not torch.cuda.is_available()).device
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and not dist.is_initialized():
+        raise TrainingError(
+            Problem(
+                f"this process has left its group of {launched}, and would train on its own",
+                remedy="call `leave` once, when everything is trained",
+            )
+        )
+    return device
+
+
+def leave() -> None:
+    """Leave the process group, all ranks together; once, when everything is trained. `end_process` comes last."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def end_process(status: int) -> NoReturn:
+    """End a process that is one of several, whether it has left its group or failed; call it last.
+
+    Threads of gloo let go of a collective's tensors in their own time, and need Python for it. Where Python is ending
+    already that aborts the process, with a status of its own (pytorch/pytorch#190489). Leaving the group does not end
+    these threads as long as anything holds it, such as a wrapped scorer or torch's caches for sharded ones. So Python's
+    own end, its exit handlers included, is left out.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

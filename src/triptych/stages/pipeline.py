@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,9 +26,10 @@ from triptych.core.config import (
     parse_key,
     validate,
 )
-from triptych.core.distributed import is_main
+from triptych.core.distributed import call_on_main, is_main
 from triptych.core.errors import ConfigError, Problem
 from triptych.engine.checkpoint import EVALUATION, MAY_CHANGE
+from triptych.engine.parallel import join, leave
 from triptych.stages.build import Built, resolved
 from triptych.stages.evaluating import EvaluationRecipe, read_evaluation, run_evaluation
 from triptych.stages.locate import in_recipe
@@ -143,11 +145,12 @@ def train(path: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -
     Raises:
         ConfigError: the file, a recipe of it or an override is wrong; all problems at once, before anything runs.
     """
-    console = Console(quiet=not is_main())
     tree = load_tree(path, overrides)
     stages = read_stages(tree)
     for stage in stages:
         stage.skips()  # what it refuses is said before anything runs
+    join()
+    console = Console(quiet=not is_main())
     if tree.values.get("kind") == "pipeline" and is_main() and not dry_run:
         write_contents(Path(tree.values["output"]), stages)
     for stage in stages:
@@ -163,8 +166,9 @@ def train(path: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -
             continue
         with in_recipe(stage.tree):
             _run(stage, dry_run)
-    if len(stages) > 1 and not dry_run and is_main():  # the others may be ahead of what the main rank writes
+    if len(stages) > 1 and not dry_run and is_main():
         console.print(closing_table(stages))
+    leave()
 
 
 def closing_table(stages: Sequence[Stage]) -> Table:
@@ -183,8 +187,8 @@ def closing_table(stages: Sequence[Stage]) -> Table:
 
 def _run(stage: Stage, dry_run: bool) -> None:
     if isinstance(stage.recipe, EvaluationRecipe):
-        if not dry_run and is_main():
-            run_evaluation(stage.recipe)
+        if not dry_run:
+            call_on_main(partial(run_evaluation, stage.recipe))
         return
     assert stage.build is not None
     run_stage(stage.recipe, stage.build, stage.tree, dry_run=dry_run)

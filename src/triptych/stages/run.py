@@ -56,7 +56,6 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
     preflight(recipe, built, None if dry_run else runtime.device)  # a dry run may be for another machine
     if dry_run:
         show_plan(recipe, built, console)
-        runtime.close()
         return
     output = Path(recipe.output)
     built.show(console)
@@ -94,7 +93,7 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
     for name, value in result.evaluation.items():
         console.print(f"{name}: {value:.4g}")
     console.print(f"model: {output / 'model'}", soft_wrap=True)
-    runtime.close()
+    barrier()  # what the main rank wrote is looked for by every rank
 
 
 def has_checkpoint(output: Path) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
+from tests.invariants.launch import end
 from tests.unit.engine.toy_run import ToyScorer, ToySource, Watcher, toy_trainer
 from triptych.core import distributed
 from triptych.core.errors import DataError
@@ -78,8 +79,8 @@ def main(folder: Path) -> None:
         resumed.fit()
     stop_together(folder / "ddp" / "stopped")
     fail_together(folder / "ddp" / "failed")
-    resumed.runtime.close()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end()

@@ -19,10 +19,11 @@ from tests.invariants.toys import (
     runtime,
     toy_window,
 )
-from triptych.core.errors import ConfigError, ModelError
+from triptych.core.errors import ConfigError, ModelError, TrainingError
 from triptych.core.types import ParameterGroup, Progress
 from triptych.engine.optim import OptimizerConfig, build_optimizer, clip_gradients
 from triptych.engine.parallel import (
+    Runtime,
     RuntimeConfig,
     checkpointed_blocks,
     resolve_precision,
@@ -151,6 +152,12 @@ def test_a_strategy_that_does_not_fit_is_refused(
 
 
 @pytest.mark.requirement("I-8")
+def test_a_process_that_left_its_group_does_not_train_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="left its group of 2"):
+        Runtime(RuntimeConfig())
+
+
 def test_checkpointed_blocks() -> None:
     assert checkpointed_blocks(False, 3) == []
     assert checkpointed_blocks(True, 3) == [0, 1, 2]
