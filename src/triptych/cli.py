@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from triptych import __version__
-from triptych.core.errors import TriptychError
+from triptych.core.errors import ConfigError, Problem, TriptychError
 
 app = typer.Typer(
     name="triptych",
@@ -197,12 +198,17 @@ def doctor() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _version(
+def _options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     if version:
         Console().print(__version__)
         raise typer.Exit()
+    if _is_one_of_several() and context.invoked_subcommand != "train":
+        # Each process would do all of it, and write the same files.
+        message = f"`{context.invoked_subcommand}` runs in one process, and {os.environ['WORLD_SIZE']} were launched"
+        raise ConfigError(Problem(message, remedy="run it without torchrun or `accelerate launch`"))
 
 
 def main() -> None:
@@ -210,12 +216,23 @@ def main() -> None:
 
     Exit status: 0 all is well, 1 an error, 2 a wrong command line, 130 interrupted.
     """
-    status = _run(Console(stderr=True, highlight=False, soft_wrap=True))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    try:
+        status = _run(Console(stderr=True, highlight=False, soft_wrap=True))
+    except Exception:
+        if not _is_one_of_several():
+            raise
+        traceback.print_exc()
+        status = 1
+    if _is_one_of_several() and "triptych.engine.parallel" in sys.modules:
         from triptych.engine.parallel import end_process
 
         end_process(status)
     sys.exit(status)
+
+
+def _is_one_of_several() -> bool:
+    """Whether a launcher started this process beside others."""
+    return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _run(errors: Console) -> int:

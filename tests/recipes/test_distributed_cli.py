@@ -111,3 +111,18 @@ def test_what_fails_on_the_main_process_ends_both_with_the_status_of_an_error(tm
     outputs = launch("triptych.cli", ["train", str(file)], status=1)
     assert all("spoilt.json" in output and "error: " in output for output in outputs)
     assert not (tmp_path / "all" / "again" / "model").exists()
+
+
+def test_a_fault_of_one_process_ends_it_with_status_1_and_its_traceback(tmp_path: Path) -> None:
+    """Here the others, which wait for it, fail for its lost connection."""
+    file = pipeline(tmp_path, "ddp")
+    launch("triptych.cli", ["train", str(file)])
+    stamp = tmp_path / "all" / "answers" / "first-test.json"
+    stamp.write_text("spoilt")
+    main, other = launch("triptych.cli", ["train", str(file)], status=1)
+    assert "JSONDecodeError" in main and "Traceback" in other
+
+
+def test_other_commands_are_refused_in_several_processes() -> None:
+    outputs = launch("triptych.cli", ["doctor"], status=1)
+    assert all("`doctor` runs in one process, and 2 were launched" in output for output in outputs)

@@ -97,10 +97,11 @@ def broadcast_object(value: Any) -> Any:
 
 
 def call_on_main(work: Callable[[], object]) -> None:
-    """Let the main rank work alone while the others wait, however long it takes; every rank must call this.
+    """Let the main rank work alone while the others wait, longer than other collectives do; every rank must call this.
 
     Raises:
-        TriptychError, OSError: what the work raised, on every rank.
+        TriptychError, OSError: what the work raised, on every rank. Anything else is raised on the main rank only; the
+            others get an error of the lost connection when it ends.
     """
     if not is_distributed():
         work()

@@ -57,7 +57,7 @@ class Runtime:
     Joins the process group, as `join` does.
 
     Raises:
-        TrainingError: this process has left its group.
+        TrainingError: this is one of several processes and in no group.
         ConfigError: the strategy does not fit the number of processes or what `accelerate launch` asked for.
     """
 
@@ -238,38 +238,43 @@ def join() -> torch.device:
     A process joins once, whatever it trains one after the other; further calls only return its device.
 
     Raises:
-        TrainingError: this process has left its group.
+        TrainingError: it is one of several processes and in no group: it has left it, or its launcher named no ranks.
     """
     device: torch.device = PartialState(cpu=not torch.cuda.is_available()).device
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and not dist.is_initialized():
         raise TrainingError(
             Problem(
-                f"this process has left its group of {launched}, and would train on its own",
-                remedy="call `leave` once, when everything is trained",
+                f"this is one of {launched} processes (WORLD_SIZE) and in no group: it would train alone",
+                remedy="launch with torchrun or `accelerate launch`; who calls `leave` trains everything before",
             )
         )
     return device
 
 
 def leave() -> None:
-    """Leave the process group, all ranks together; once, when everything is trained. `end_process` comes last."""
+    """Leave the process group, all ranks together, when everything is trained; `end_process` comes after it.
+
+    Not for a process that failed: the others may be elsewhere.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def end_process(status: int) -> NoReturn:
-    """End a process that is one of several, whether it has left its group or failed; call it last.
+    """End a process that is one of several, whether it has left its group or failed; call it last, as `triptych` does.
 
     Threads of gloo let go of a collective's tensors in their own time, and need Python for it. Where Python is ending
     already that aborts the process, with a status of its own (pytorch/pytorch#190489). Leaving the group does not end
     these threads as long as anything holds it, such as a wrapped scorer or torch's caches for sharded ones. So Python's
-    own end, its exit handlers included, is left out.
+    own end is left out, with its exit handlers and its wait for threads.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

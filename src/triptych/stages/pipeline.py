@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -144,6 +145,8 @@ def train(path: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -
 
     Raises:
         ConfigError: the file, a recipe of it or an override is wrong; all problems at once, before anything runs.
+        TrainingError: this is one of several processes and in no group.
+        TriptychError, OSError: a stage failed.
     """
     tree = load_tree(path, overrides)
     stages = read_stages(tree)
@@ -166,6 +169,7 @@ def train(path: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -
             continue
         with in_recipe(stage.tree):
             _run(stage, dry_run)
+        gc.collect()  # a sharded model is part of cycles, and would lie beside that of the next stage
     if len(stages) > 1 and not dry_run and is_main():
         console.print(closing_table(stages))
     leave()

@@ -45,10 +45,10 @@ FACTS = "facts.json"
 
 def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTree, *, dry_run: bool = False) -> None:
     """Train one stage into `recipe.output`; an unfinished run resumes from its newest checkpoint."""
-    console = Console(quiet=not is_main())
     if not dry_run:  # which may be for another machine
         check_writable(Path(recipe.output))
     runtime = Runtime(recipe.train.runtime)
+    console = Console(quiet=not is_main())
     if recipe.train.runtime.keep_memory and runtime.device.type == "cpu":
         keep_memory()
     seed_everything(recipe.train.seed)
