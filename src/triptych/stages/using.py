@@ -34,9 +34,7 @@ def load_for_use(folder: Path) -> LoadedVlm:
         ModelError: there is none in the folder.
     """
     if not (folder / "config.json").is_file():
-        inner = folder / "model"
-        remedy = f"use {inner}" if (inner / "config.json").is_file() else "train one first: triptych train RECIPE"
-        raise ModelError(Problem("no model in this folder (config.json is missing)", file=str(folder), remedy=remedy))
+        raise _no_model(folder)
     architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["?"]
     if set(architectures) & DUAL_ENCODERS:
         message = f"this is a dual encoder ({architectures[0]}): it compares pictures and captions, it does not answer"
@@ -46,6 +44,17 @@ def load_for_use(folder: Path) -> LoadedVlm:
     loaded = load_vlm(VlmConfig.model_validate({"from": str(folder)}), dtype=dtype)
     loaded.model.to(device)
     return loaded
+
+
+def _no_model(folder: Path) -> ModelError:
+    missing = next((path for path in (*reversed(folder.parents), folder) if not path.exists()), None)
+    if missing is not None:
+        names = [item.name for item in missing.parent.iterdir() if item.is_dir()] if missing.parent.is_dir() else []
+        remedy = did_you_mean(missing.name, names) if names else "train one first: triptych train RECIPE"
+        return ModelError(Problem(f"no model: there is no folder {missing}", file=str(folder), remedy=remedy))
+    inner = folder / "model"
+    remedy = f"use {inner}" if (inner / "config.json").is_file() else "train one first: triptych train RECIPE"
+    return ModelError(Problem("no model in this folder (config.json is missing)", file=str(folder), remedy=remedy))
 
 
 def inference_device() -> tuple[torch.device, torch.dtype]:
