@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 from rich.console import Console
@@ -28,17 +28,28 @@ class ConsoleConfig(Config):
     """Steps that the running loss and the speeds are taken over."""
 
 
+class _Step(NamedTuple):
+    """What is shown of a step; fields as in `StepRecord`."""
+
+    loss: float
+    supervised_tokens: int
+    tokens: int
+    samples: int
+    seconds: float
+    data_seconds: float
+
+
 class ConsoleMonitor:
     """A progress bar, or a line every `log_every` steps where there is no terminal.
 
     The loss shown is the mean over the last `window` steps, each step counting by its supervised tokens (by its samples
-    where the objective supervises none), so that a short step does not weigh like a long one.
+    where the objective supervises none), so that a short step does not weigh like a long one. Tokens a second are those
+    of all rows, prompts and pictures too, without padding.
     """
 
     def __init__(self, config: ConsoleConfig, output: Path, log_every: int, console: Console | None = None) -> None:
         self._log_every = log_every
-        self._recent: deque[tuple[float, int, int, float, float]] = deque(maxlen=config.window)
-        """(loss, supervised tokens, samples, seconds, data seconds) of each step."""
+        self._recent: deque[_Step] = deque(maxlen=config.window)
         self._console = console or Console()
         self._bar: ProgressBar | None = None
         self._skipped_rows = 0
@@ -66,8 +77,8 @@ class ConsoleMonitor:
         self._skipped_rows += record.skipped_rows
         self._skipped_steps += record.is_skipped
         if math.isfinite(record.loss):
-            row = (record.loss, record.supervised_tokens, record.samples, record.seconds, record.data_seconds)
-            self._recent.append(row)
+            counts = (record.supervised_tokens, record.tokens, record.samples)
+            self._recent.append(_Step(record.loss, *counts, record.seconds, record.data_seconds))
         if not distributed.is_main():
             return
         progress = record.progress
@@ -96,28 +107,31 @@ class ConsoleMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """The recent steps and the counts."""
-        recent = [list(row) for row in self._recent]
-        return {"recent": recent, "skipped_rows": self._skipped_rows, "skipped_steps": self._skipped_steps}
+        steps = [list(step) for step in self._recent]
+        return {"steps": steps, "skipped_rows": self._skipped_rows, "skipped_steps": self._skipped_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore it."""
         self._recent.clear()
-        self._recent.extend((row[0], row[1], row[2], row[3], row[4]) for row in state["recent"])
+        self._recent.extend(_Step(*step) for step in state.get("steps", []))  # earlier versions kept other numbers
         self._skipped_rows, self._skipped_steps = state["skipped_rows"], state["skipped_steps"]
 
     @property
     def running_loss(self) -> float:
         """Mean loss of the recent steps, weighted by supervised tokens; NaN before the first."""
-        column = 1 if any(row[1] for row in self._recent) else 2
-        total = sum(row[column] for row in self._recent)
-        return sum(row[0] * row[column] for row in self._recent) / total if total else math.nan
+        weights = [step.supervised_tokens for step in self._recent]
+        if not any(weights):
+            weights = [step.samples for step in self._recent]
+        total = sum(weights)
+        losses = (step.loss * weight for step, weight in zip(self._recent, weights, strict=True))
+        return sum(losses) / total if total else math.nan
 
     def describe(self, record: StepRecord) -> str:
         """The numbers of the progress line."""
-        seconds = sum(row[3] for row in self._recent) or math.inf
-        samples = sum(row[2] for row in self._recent) / seconds
-        tokens = sum(row[1] for row in self._recent) / seconds
-        waiting = sum(row[4] for row in self._recent) / seconds
+        seconds = sum(step.seconds for step in self._recent) or math.inf
+        samples = sum(step.samples for step in self._recent) / seconds
+        tokens = sum(step.tokens for step in self._recent) / seconds
+        waiting = sum(step.data_seconds for step in self._recent) / seconds
         rates = sorted(set(record.learning_rates.values()))
         lr = f"{rates[0]:.2e}" if len(rates) == 1 else f"{rates[0]:.2e}..{rates[-1]:.2e}" if rates else "-"
         parts = [f"loss {self.running_loss:.4f}", f"lr {lr}", f"{samples:.1f} samples/s", f"{tokens:.0f} tokens/s"]
@@ -131,7 +145,7 @@ class ConsoleMonitor:
     def _eta(self, progress: Progress) -> str:
         if progress.total is None or not self._recent:
             return "-"
-        each = sum(row[3] for row in self._recent) / len(self._recent)
+        each = sum(step.seconds for step in self._recent) / len(self._recent)
         return str(timedelta(seconds=round(each * (progress.total - progress.step))))
 
     def _say(self, text: str) -> None:

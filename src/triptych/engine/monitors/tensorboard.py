@@ -86,6 +86,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
     values.update({f"{prefix}/{name}": value for prefix, group in grouped.items() for name, value in group.items()})
     if record.seconds > 0:
         values["speed/samples_per_second"] = record.samples / record.seconds
+        values["speed/tokens_per_second"] = record.tokens / record.seconds
         values["speed/supervised_tokens_per_second"] = record.supervised_tokens / record.seconds
         values["speed/data_share"] = record.data_seconds / record.seconds
     values["speed/memory_bytes"] = float(record.memory_bytes)

@@ -53,7 +53,7 @@ def test_without_a_terminal_a_line_comes_every_two_steps_and_at_the_end() -> Non
     monitor.on_checkpoint(Progress(5, 5), Path("run/checkpoints/step-00000005"))
     monitor.on_end(Progress(5, 5), None)
 
-    numbers = "loss 2.0000  lr 1.00e-04  4.0 samples/s  10 tokens/s  data 25%  3.0 GiB"
+    numbers = "loss 2.0000  lr 1.00e-04  4.0 samples/s  40 tokens/s  data 25%  3.0 GiB"
     assert stream.getvalue().splitlines() == [
         "start at step 0 of 5",
         f"step 2/5  {numbers}  eta 0:00:03  1 rows left out",

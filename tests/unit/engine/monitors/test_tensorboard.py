@@ -49,6 +49,7 @@ def test_names_and_speeds_by_hand() -> None:
         "gradient_norm/all": 1.0,
         "gradient_norm/language": 1.0,
         "speed/samples_per_second": 2.0,
+        "speed/tokens_per_second": 20.0,
         "speed/supervised_tokens_per_second": 5.0,
         "speed/data_share": 0.125,
         "speed/memory_bytes": 3.0 * 2**30,
