@@ -96,7 +96,11 @@ def page(result: Result, more: Sequence[str] = (), operations: Mapping[str, Resu
     rows, points = result["rows"], result.get("scaling", [])
     parts = [INTRODUCTION, _machines([*rows, *points])]
     if rows:
-        parts += [_verdict(rows), _table(rows, operations), _image("ratios", "Times as fast as the peer, row by row")]
+        parts += [
+            _verdict(rows, points),
+            _table(rows, operations),
+            _image("ratios", "Times as fast as the peer, row by row"),
+        ]
         parts += [_image("memory", "The peer's added memory over ours, row by row"), _minutes(rows, points)]
     if failed := result.get("failed"):
         lines = [f"- `{item['name']}`: {item['error']}" for item in failed]
@@ -172,14 +176,18 @@ def _machines(items: Sequence[Result]) -> str:
     return "\n".join(["Measured on:", "", *lines, ""]) if lines else "Nothing was measured yet.\n"
 
 
-def _verdict(rows: Sequence[Result]) -> str:
+def _verdict(rows: Sequence[Result], points: Sequence[Result]) -> str:
     """Where the peer is ahead, and which targets are missed, before the table."""
     slower = [f"`{row['name']}` ({row['ratio']:.2f})" for row in rows if row["ratio"] < 1]
     larger = [f"`{row['name']}` ({row['memory_ratio']:.2f})" for row in rows if (row["memory_ratio"] or 0) > 1]
+    for point in points:
+        name = f"{AXES[point['axis']][0]}: {point[point['axis']]}"
+        slower += [f"{name} ({point['ratio']:.2f})"] if point["ratio"] < 1 else []
+        larger += [f"{name} ({point['memory_ratio']:.2f})"] if point["memory_ratio"] > 1 else []
     missed = [f"`{row['name']}`" for row in rows if _misses_time(row) or _misses_memory(row)]
     lines = [
-        f"- The peer is faster in: {', '.join(slower) or 'no row'}.",
-        f"- The peer needs less memory in: {', '.join(larger) or 'no row'}.",
+        f"- The peer is faster in: {', '.join(slower) or 'nothing'}.",
+        f"- The peer needs less memory in: {', '.join(larger) or 'nothing'}.",
         f"- Targets are missed in: {', '.join(missed) or 'no row'}.",
     ]
     return "\n".join(["## The table", "", *lines, ""])

@@ -95,6 +95,10 @@ def test_a_peer_that_is_ahead_and_a_missed_target_are_marked() -> None:
     assert "- The peer needs less memory in: `slow` (1.20)." in page
     assert "- Targets are missed in: `slow`, `missed`." in page
     assert "- `broken`: exit status -9" in page
+    behind = {**RESULT["scaling"][3], "ratio": 0.9, "memory_ratio": 1.05}
+    page = report.page({**RESULT, "scaling": [*RESULT["scaling"], behind]})
+    assert "- The peer is faster in: `slow` (0.73), Questions about each picture: 1 (0.90)." in page
+    assert "- The peer needs less memory in: `slow` (1.20), Questions about each picture: 1 (1.05)." in page
 
 
 def test_how_long_measuring_took_counts_a_point_on_two_axes_once() -> None:

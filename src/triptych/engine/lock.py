@@ -44,7 +44,10 @@ def check_writable(folder: Path) -> None:
     Raises:
         TrainingError: it, or the nearest folder above it that exists, is no folder that this process may write.
     """
-    existing = next(item for item in (folder, *folder.absolute().parents) if item.exists())
+    try:
+        existing = next(item for item in (folder, *folder.absolute().parents) if item.exists())
+    except OSError as error:  # a folder on the way may not be entered
+        raise _unwritable(folder, str(error.strerror)) from error
     if not existing.is_dir():
         raise _unwritable(folder, f"{existing} is no folder")
     if not os.access(existing, os.W_OK):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 from pathlib import Path
@@ -50,7 +51,8 @@ def _no_model(folder: Path) -> ModelError:
     missing = next((path for path in (*reversed(folder.parents), folder) if not path.exists()), None)
     if missing is not None:
         names = [item.name for item in missing.parent.iterdir() if item.is_dir()] if missing.parent.is_dir() else []
-        remedy = did_you_mean(missing.name, names) if names else "train one first: triptych train RECIPE"
+        close = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.55)
+        remedy = f"did you mean `{close[0]}`?" if close else "train one first: triptych train RECIPE"
         return ModelError(Problem(f"no model: there is no folder {missing}", file=str(folder), remedy=remedy))
     inner = folder / "model"
     remedy = f"use {inner}" if (inner / "config.json").is_file() else "train one first: triptych train RECIPE"

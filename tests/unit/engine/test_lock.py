@@ -66,6 +66,16 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     assert (problem.file, problem.key) == (str(tmp_path / "taken" / "run"), "output")
 
 
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(TrainingError, match="cannot be written: Permission denied") as caught:
+        check_writable(tmp_path / "new")
+    assert (caught.value.problems[0].file, caught.value.problems[0].key) == (str(tmp_path / "new"), "output")
+
+
 def test_where_nothing_may_be_written_is_known_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

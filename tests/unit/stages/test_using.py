@@ -96,6 +96,7 @@ def test_chat_in_the_terminal(lora_run: Run, files: Files) -> None:
         (["chat", "{run}"], "no model in this folder(.|\n)*use .*model"),
         (["chat", "{tmp}"], "no model in this folder(.|\n)*train one first"),
         (["chat", "{tmp}/nowhere"], "there is no folder .*nowhere(.|\n)*train one first"),
+        (["chat", "{data}/scenes"], "there is no folder .*scenes(.|\n)*train one first"),
         (["chat", "{run}/modle"], "there is no folder .*modle(.|\n)*did you mean `model`"),
         (["chat", "{data}/picture/model"], "there is no folder .*picture\n(.|\n)*did you mean `pictures`"),
         (["eval", "{run}/model", "{tmp}/nope.json"], "nope.json"),

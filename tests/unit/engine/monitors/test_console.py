@@ -101,3 +101,10 @@ def test_the_state_survives_a_resume() -> None:
     assert second.running_loss == 1.5
     assert second.state_dict() == first.state_dict()
     assert second.describe(record(4)) == first.describe(record(4))
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_counts() -> None:
+    monitor, _ = build()
+    monitor.load_state_dict({"recent": [[1.0, 10, 4, 1.0, 0.25]], "skipped_rows": 2, "skipped_steps": 1})
+
+    assert "2 rows left out  1 steps skipped" in monitor.describe(record(4))
