@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.commands import triptych
 from tests.invariants.toys import (
     OBJECTIVES,
     ToyReference,
@@ -21,6 +24,7 @@ from tests.invariants.toys import (
 )
 from triptych.core.errors import ConfigError, ModelError, TrainingError
 from triptych.core.types import ParameterGroup, Progress
+from triptych.engine import parallel
 from triptych.engine.optim import OptimizerConfig, build_optimizer, clip_gradients
 from triptych.engine.parallel import (
     Runtime,
@@ -157,6 +161,27 @@ def test_one_of_several_processes_does_not_train_alone(monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match=r"one of 2 processes .* in no group"):
         Runtime(RuntimeConfig())
+
+
+def test_the_end_of_a_process_keeps_its_status_and_words_and_leaves_pythons_end_out() -> None:
+    lines = (
+        "import atexit",
+        "from triptych.engine.parallel import end_process",
+        "atexit.register(print, 'handler')",
+        "print('last words')",
+        "end_process(3)",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "last words\n")
+
+
+def test_a_command_in_one_of_several_processes_ends_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(parallel, "end_process", ended.append)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert triptych("doctor").status == 1
+    assert ended == [1]
 
 
 @pytest.mark.requirement("I-8")
