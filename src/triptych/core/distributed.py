@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from triptych.core.errors import TriptychError
+
+T = TypeVar("T")
 
 _PATIENCE = timedelta(days=30)
 """How long ranks wait for work that the main rank does alone."""
@@ -96,24 +98,29 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def call_on_main(work: Callable[[], object]) -> None:
+def call_on_main(work: Callable[[], T]) -> T:
     """Let the main rank work alone while the others wait, longer than other collectives do; every rank must call this.
+
+    Returns:
+        What the work returned, on every rank; small and picklable.
 
     Raises:
         TriptychError, OSError: what the work raised, on every rank. Anything else is raised on the main rank only; the
             others get an error of the lost connection when it ends.
     """
     if not is_distributed():
-        work()
-        return
+        return work()
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    failure: list[TriptychError | OSError | None] = [None]
+    outcome: list[tuple[T | None, TriptychError | OSError | None] | None] = [None]
     if is_main():
         try:
-            work()
+            outcome = [(work(), None)]
         except (TriptychError, OSError) as error:
-            failure = [error]
-    dist.broadcast_object_list(failure, src=0, group=group)
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, src=0, group=group)
     dist.destroy_process_group(group)
-    if failure[0] is not None:
-        raise failure[0]
+    assert outcome[0] is not None
+    result, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return cast(T, result)

@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -39,6 +39,8 @@ from triptych.core.errors import CheckpointError, Problem
 from triptych.engine.state import plain
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FORMAT = 2
 """Version of the layout above."""
@@ -125,8 +127,7 @@ class Checkpoints:
             CheckpointError: it cannot be written (the previous checkpoint is untouched), or holds a state that could
                 not be loaded again.
         """
-        path: Path = self._on_main(lambda: self._save(snapshot, best_step))
-        return path
+        return self._on_main(lambda: self._save(snapshot, best_step))
 
     def load_newest(self) -> LoadedSnapshot | None:
         """Read the newest complete checkpoint, or None where there is none; clean up what a crash left behind.
@@ -155,25 +156,21 @@ class Checkpoints:
         """Point `last` at the newest checkpoint and `best` at that of `best_step`, if it is there."""
         self._on_main(lambda: self._set_links(best_step))
 
-    def _on_main(self, action: Callable[[], Any]) -> Any:
-        """Run on the main rank; its result, or its error, reaches every rank, so that none waits for ever."""
-        result: Any = None
-        if distributed.is_main():
+    def _on_main(self, work: Callable[[], T]) -> T:
+        """`call_on_main`, with errors of the file system as errors of a checkpoint."""
+
+        def explained() -> T:
             try:
-                result = action()
-            except CheckpointError as error:
-                result = error
+                return work()
             except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
                 free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
-                result = CheckpointError(
+                raise CheckpointError(
                     f"cannot be written: {error} ({free / 2**30:.1f} GiB free)",
                     file=str(self.folder),
                     remedy="make room or mend the rights; the next start resumes from the checkpoint before it",
-                )
-        result = distributed.broadcast_object(result)
-        if isinstance(result, CheckpointError):
-            raise result
-        return result
+                ) from error
+
+        return distributed.call_on_main(explained)
 
     def _save(self, snapshot: Snapshot, best_step: int | None) -> Path:
         path = self.path(snapshot.step)

@@ -13,7 +13,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from triptych.core.distributed import broadcast_object, is_main
+from triptych.core.distributed import call_on_main, is_main
 from triptych.core.errors import DataError, ModelError
 from triptych.core.types import ImageReference, PictureInput
 from triptych.data.images import decode, picture_key
@@ -52,10 +52,12 @@ def open_store(
     obstacle = "the weights are sharded" if is_sharded else store_obstacle(built.scorer.hf, built.components)
     if obstacle is not None and recipe.features.keep == "always":
         raise _refusal(obstacle, "or set `features.keep` to `auto`")
-    decision = None
-    if is_main():
-        decision = _decide(recipe, built, built.vision, runtime, obstacle) if is_new else _recall(output / DECISION)
-    keeps, reason = broadcast_object(decision)
+    vision = built.vision
+
+    def decide() -> tuple[bool, str]:
+        return _decide(recipe, built, vision, runtime, obstacle) if is_new else _recall(output / DECISION)
+
+    keeps, reason = call_on_main(decide)
     if keeps and obstacle is not None:  # on every rank, or the others would wait
         raise _refusal(obstacle, "or resume as the run began")
     if is_main():
@@ -64,7 +66,7 @@ def open_store(
     console.print(f"features of pictures: {'kept' if keeps else 'not kept'}, {reason}", highlight=False)
     if store is None:
         return None
-    built.vision.store = store
+    vision.store = store
     return store
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from torch import nn
 
-from triptych.core.distributed import barrier, broadcast_object, is_main, world_size
+from triptych.core.distributed import barrier, call_on_main, is_main, world_size
 from triptych.core.errors import DataError, Problem, TrainingError
 from triptych.core.types import IGNORE, Batch, Example, ImageReference
 from triptych.data.collate import collate
@@ -90,7 +91,7 @@ def settle_loader(
     if recipe.loader.micro_batch != "auto":
         return recipe.loader, None
     file = Path(recipe.output) / MICRO_BATCH
-    found = None if is_new else broadcast_object(_read(file) if is_main() else None)
+    found = None if is_new else call_on_main(partial(_read, file))
     if found is not None:
         console.print(f"micro-batch: {found.tokens:,} tokens, as measured when the run began", highlight=False)
         return settled(recipe.loader, found.tokens), found

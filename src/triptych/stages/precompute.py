@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from triptych.core.distributed import barrier, broadcast_object, is_main, rank, world_size
+from triptych.core.distributed import barrier, call_on_main, is_main, rank, world_size
 from triptych.core.errors import ModelError
 from triptych.core.protocols import PictureProcessor
 from triptych.core.types import IGNORE, Batch, Example, ImageReference, Sample
@@ -116,7 +117,7 @@ class PrecomputedReference:
         store = FeatureCache(home)
         finished = home / f"{self._data_key(datasets)}.done"
         # All do the same, whatever each sees.
-        if not broadcast_object(_is_whole(finished, store) if is_main() else None):
+        if not call_on_main(partial(_is_whole, finished, store)):
             try:
                 for batch in self._batches(store, scorer, datasets, config, runtime, console):
                     with runtime.autocast():

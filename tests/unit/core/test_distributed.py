@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from triptych.core import distributed
+from triptych.core.errors import CheckpointError
 
 WORLD = 2
 
@@ -28,6 +29,7 @@ def test_one_process_needs_no_initialisation():
     assert distributed.all_gather_rows(tensor)[1] == 0
     assert distributed.all_gather_objects("x") == ["x"]
     assert distributed.broadcast_object("x") == "x"
+    assert distributed.call_on_main(lambda: "x") == "x"
 
 
 def _collect(rank: int) -> dict[str, object]:
@@ -39,6 +41,11 @@ def _collect(rank: int) -> dict[str, object]:
         "objects": distributed.all_gather_objects({"rank": rank}),
         "broadcast": distributed.broadcast_object(f"from {rank}"),
     }
+    results["on_main"] = distributed.call_on_main(lambda: ("done by", distributed.rank()))
+    try:
+        distributed.call_on_main(_fail)
+    except CheckpointError as error:
+        results["failure"] = str(error)
     uneven, start = distributed.all_gather_rows(local[:, None].expand(-1, 2).requires_grad_())
     results["uneven"] = (uneven.tolist(), start, uneven.requires_grad)
     one_empty, start = distributed.all_gather_rows(torch.arange(3 * rank).reshape(-1, 1))
@@ -50,6 +57,10 @@ def _collect(rank: int) -> dict[str, object]:
     results["untouched"] = untouched.tolist()
     distributed.barrier()
     return results
+
+
+def _fail() -> None:
+    raise CheckpointError(f"the disk of rank {distributed.rank()} is full", file="step-1")
 
 
 def _worker(rank: int, port: int, folder: str) -> None:
@@ -88,6 +99,12 @@ def test_reductions_give_new_tensors(ranks):
 def test_objects(ranks):
     assert [outcome["objects"] for outcome in ranks] == [[{"rank": 0}, {"rank": 1}]] * 2
     assert [outcome["broadcast"] for outcome in ranks] == ["from 0"] * 2
+
+
+def test_what_the_main_rank_does_alone_ends_alike_on_all(ranks):
+    assert [outcome["on_main"] for outcome in ranks] == [("done by", 0)] * 2
+    first, second = (outcome["failure"] for outcome in ranks)
+    assert first == second and "the disk of rank 0 is full" in first
 
 
 @pytest.mark.requirement("B-5")
