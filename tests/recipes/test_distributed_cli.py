@@ -113,6 +113,13 @@ def test_what_fails_on_the_main_process_ends_both_with_the_status_of_an_error(tm
     assert not (tmp_path / "all" / "again" / "model").exists()
 
 
+def test_what_the_main_process_cannot_write_is_said_by_both(tmp_path: Path) -> None:
+    file = recipe(tmp_path, "ddp")
+    (tmp_path / "ddp" / "recipe.yaml").mkdir(parents=True)
+    outputs = launch("triptych.cli", ["train", str(file)], status=1)
+    assert all("error: " in output and "recipe.yaml" in output for output in outputs)
+
+
 def test_a_fault_of_one_process_ends_it_with_status_1_and_its_traceback(tmp_path: Path) -> None:
     """Here the others, which wait for it, fail for its lost connection."""
     file = pipeline(tmp_path, "ddp")

@@ -15,7 +15,7 @@ from triptych.core.errors import TriptychError
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=30)
-"""How long ranks wait for work that the main rank does alone."""
+"""How long ranks wait for long work that the main rank does alone."""
 
 
 def is_distributed() -> bool:
@@ -98,8 +98,13 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def call_on_main(work: Callable[[], T]) -> T:
-    """Let the main rank work alone while the others wait, longer than other collectives do; every rank must call this.
+def call_on_main(work: Callable[[], T], *, is_long: bool = False) -> T:
+    """Let the main rank work alone while the others wait; every rank must call this.
+
+    Args:
+        work: what the main rank does; no collective in it.
+        is_long: it may take longer than collectives wait, which are minutes on GPUs. The others then wait in a gloo
+            group of its own, which needs a network between all processes that gloo can use.
 
     Returns:
         What the work returned, on every rank; small and picklable.
@@ -110,7 +115,7 @@ def call_on_main(work: Callable[[], T]) -> T:
     """
     if not is_distributed():
         return work()
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE) if is_long else None
     outcome: list[tuple[T | None, TriptychError | OSError | None] | None] = [None]
     if is_main():
         try:
@@ -118,7 +123,8 @@ def call_on_main(work: Callable[[], T]) -> T:
         except (TriptychError, OSError) as error:
             outcome = [(None, error)]
     dist.broadcast_object_list(outcome, src=0, group=group)
-    dist.destroy_process_group(group)
+    if group is not None:
+        dist.destroy_process_group(group)
     assert outcome[0] is not None
     result, failure = outcome[0]
     if failure is not None:

@@ -76,8 +76,12 @@ def _take(folder: Path) -> tuple[int | None, TrainingError | None]:
         os.close(descriptor)
         logger.warning("%s cannot be locked (%s): start no second run in it", folder, error)
         return None, None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()}\n".encode())
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+    except OSError as error:  # a full disk
+        os.close(descriptor)
+        return None, _unwritable(folder, str(error.strerror))
     return descriptor, None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,7 +14,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from triptych.core.distributed import call_on_main, is_main
+from triptych.core.distributed import call_on_main
 from triptych.core.errors import DataError, ModelError
 from triptych.core.types import ImageReference, PictureInput
 from triptych.data.images import decode, picture_key
@@ -44,6 +45,7 @@ def open_store(
 
     Raises:
         ModelError: `features.keep` is `always` or the run began with kept states, and they cannot be kept.
+        CheckpointError: the file with what was decided is damaged.
     """
     if not isinstance(recipe, VlmRecipe) or built.vision is None:
         return None
@@ -60,8 +62,7 @@ def open_store(
     keeps, reason = call_on_main(decide)
     if keeps and obstacle is not None:  # on every rank, or the others would wait
         raise _refusal(obstacle, "or resume as the run began")
-    if is_main():
-        write_state(output / DECISION, {"keeps": keeps, "reason": reason})
+    call_on_main(partial(write_state, output / DECISION, {"keeps": keeps, "reason": reason}))
     store = _open(recipe, built, runtime) if keeps else None
     console.print(f"features of pictures: {'kept' if keeps else 'not kept'}, {reason}", highlight=False)
     if store is None:
@@ -71,7 +72,7 @@ def open_store(
 
 
 def _recall(file: Path) -> tuple[bool, str]:
-    decision = read_state(file)
+    decision = read_state(file, ("keeps", "reason"))
     if decision is None:
         return False, "as before this run was interrupted"  # by a version that kept nothing
     return bool(decision["keeps"]), str(decision["reason"])

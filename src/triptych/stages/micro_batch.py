@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from torch import nn
 
-from triptych.core.distributed import barrier, call_on_main, is_main, world_size
+from triptych.core.distributed import call_on_main, world_size
 from triptych.core.errors import DataError, Problem, TrainingError
 from triptych.core.types import IGNORE, Batch, Example, ImageReference
 from triptych.data.collate import collate
@@ -100,9 +100,7 @@ def settle_loader(
     # A run that another process has begun keeps its number.
     with locked(file.parent):
         found = find_tokens(recipe, built, runtime, scorer)
-        if is_main():
-            write_state(file, asdict(found))
-        barrier()
+        call_on_main(partial(write_state, file, asdict(found)))
     console.print(str(found), highlight=False, soft_wrap=True)
     if limit_bytes(recipe.train.memory_limit, found.available) > found.limit:
         words = f"train.memory_limit: {recipe.train.memory_limit} is more than is available, which is the limit instead"
@@ -301,7 +299,7 @@ def _no_room(row: Tree, packed: bool, room: Room, error: TooLargeError | None) -
 
 
 def _read(file: Path) -> Found | None:
-    values = read_state(file)
+    values = read_state(file, (field.name for field in fields(Found)))
     if values is None:
         return None
     return Found(**{**values, "measured": tuple((tokens, added) for tokens, added in values["measured"])})

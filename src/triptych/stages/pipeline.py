@@ -154,8 +154,8 @@ def train(path: Path, overrides: Sequence[str] = (), *, dry_run: bool = False) -
         stage.skips()  # what it refuses is said before anything runs
     join()
     console = Console(quiet=not is_main())
-    if tree.values.get("kind") == "pipeline" and is_main() and not dry_run:
-        write_contents(Path(tree.values["output"]), stages)
+    if tree.values.get("kind") == "pipeline" and not dry_run:
+        call_on_main(partial(write_contents, Path(tree.values["output"]), stages))
     for stage in stages:
         if stage.title:
             console.rule(stage.title)
@@ -192,7 +192,7 @@ def closing_table(stages: Sequence[Stage]) -> Table:
 def _run(stage: Stage, dry_run: bool) -> None:
     if isinstance(stage.recipe, EvaluationRecipe):
         if not dry_run:
-            call_on_main(partial(run_evaluation, stage.recipe))
+            call_on_main(partial(run_evaluation, stage.recipe), is_long=True)
         return
     assert stage.build is not None
     run_stage(stage.recipe, stage.build, stage.tree, dry_run=dry_run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from triptych import __version__
 from triptych.core.config import ConfigTree
-from triptych.core.distributed import barrier, is_main
+from triptych.core.distributed import call_on_main, is_main
 from triptych.core.protocols import Evaluator, FeatureStore
 from triptych.data.loader import LoaderConfig
 from triptych.data.mixture import Mixture
@@ -26,7 +27,7 @@ from triptych.engine.monitors import build_monitors
 from triptych.engine.parallel import Runtime
 from triptych.engine.state import seed_everything
 from triptych.engine.train_config import TrainConfig
-from triptych.engine.trainer import Trainer
+from triptych.engine.trainer import FitResult, Trainer
 from triptych.models.tuning import check_gradients
 from triptych.models.vlm import VlmScorer
 from triptych.stages.build import Built, preflight, resolved, settled, training_loader
@@ -60,20 +61,19 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
     output = Path(recipe.output)
     built.show(console)
     show_choices(recipe, built, console, runtime)
-    is_new = not has_checkpoint(output)
+    is_new = call_on_main(lambda: not has_checkpoint(output))
     with locked(output):
-        if is_main() and is_new:
+        if is_new:
             # With a checkpoint, the recipe may be another one, which is refused below: it must not replace the file.
-            write_recipe(recipe, output)
-        barrier()
-        if not is_new:  # before anything that takes long: the checkpoints may be those of another recipe
+            call_on_main(partial(write_recipe, recipe, output))
+        else:  # before anything that takes long: the checkpoints may be those of another recipe
             Checkpoints(output / "checkpoints", resolved(recipe), recipe.train.keep_last).resumable()
         store = open_store(recipe, built, runtime, console, is_new=is_new)
         built.prepare(runtime, console)
     scorer = wrap_scorer(built, runtime)
     loader, found = settle_loader(recipe, built, runtime, scorer, is_new=is_new, console=console)
-    if is_main() and is_new:
-        write_facts(built, output, found)
+    if is_new:
+        call_on_main(partial(write_facts, built, output, found))
     trainer = make_trainer(recipe, built, runtime, output, scorer, loader, store)
     if is_new:
         built.show_answers("before training")
@@ -83,22 +83,25 @@ def run_stage(recipe: StageRecipe, build: Callable[[Any], Built], tree: ConfigTr
         if store is not None:
             store.flush()
     built.show_answers("after training")
-    if is_main():
-        write_recipe(recipe, output)
-        summary = {"steps": result.progress.step, "best_step": result.best_step, "evaluation": dict(result.evaluation)}
-        text = json.dumps(summary, indent=1) + "\n"
-        # A finished run that is started again ends as it did: stages that began from its model stay valid.
-        if not (output / FINISHED).is_file() or (output / FINISHED).read_text(encoding="utf-8") != text:
-            (output / FINISHED).write_text(text, encoding="utf-8")
+    call_on_main(partial(write_finished, recipe, output, result))
     for name, value in result.evaluation.items():
         console.print(f"{name}: {value:.4g}")
     console.print(f"model: {output / 'model'}", soft_wrap=True)
-    barrier()  # what the main rank wrote is looked for by every rank
 
 
 def has_checkpoint(output: Path) -> bool:
     """Whether a run in this folder has something to resume from."""
     return any((output / "checkpoints").glob("step-*"))
+
+
+def write_finished(recipe: StageRecipe, output: Path, result: FitResult) -> None:
+    """Write what marks a run as finished, last of all its files."""
+    write_recipe(recipe, output)
+    summary = {"steps": result.progress.step, "best_step": result.best_step, "evaluation": dict(result.evaluation)}
+    text = json.dumps(summary, indent=1) + "\n"
+    # A finished run that is started again ends as it did: stages that began from its model stay valid.
+    if not (output / FINISHED).is_file() or (output / FINISHED).read_text(encoding="utf-8") != text:
+        (output / FINISHED).write_text(text, encoding="utf-8")
 
 
 def write_recipe(recipe: StageRecipe, output: Path) -> None:

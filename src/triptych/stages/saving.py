@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from triptych.core.distributed import barrier, is_main
+from triptych.core.distributed import call_on_main
+from triptych.core.errors import TrainingError
 from triptych.engine.state import gather_tensors
 from triptych.models.adapters import adapter_names, merge_adapters, save_adapters
 from triptych.models.dual_encoder import LoadedDualEncoder, save_dual_encoder
@@ -30,17 +33,30 @@ def save_finished(folder: Path, loaded: Loaded, rebuild: Callable[[], Loaded]) -
         folder: Of the merged model.
         loaded: The trained model; its parameters may be shards.
         rebuild: Makes the same model as before training, whole and tuned, to put gathered weights into.
+
+    Raises:
+        TrainingError: The folder cannot be written; on every rank.
     """
-    if is_sharded(loaded.model):
-        state = gather_tensors(loaded.model.state_dict())
-        if is_main():
-            loaded = rebuild()
-            loaded.model.load_state_dict(state)
-    if is_main():
-        if adapter_names(loaded.model):
-            save_adapters(loaded.model, folder.parent / ADAPTERS)
-        write_model(folder, loaded)
-    barrier()
+    state = gather_tensors(loaded.model.state_dict()) if is_sharded(loaded.model) else None
+
+    def write() -> None:
+        whole = loaded
+        if state is not None:
+            whole = rebuild()
+            whole.model.load_state_dict(state)
+        try:
+            if adapter_names(whole.model):
+                save_adapters(whole.model, folder.parent / ADAPTERS)
+            write_model(folder, whole)
+        except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+            free = shutil.disk_usage(folder.parent).free
+            raise TrainingError(
+                f"the finished model cannot be written: {error} ({free / 2**30:.1f} GiB free)",
+                file=str(folder),
+                remedy="make room or mend the rights; the same command goes on from the last checkpoint",
+            ) from error
+
+    call_on_main(write)
 
 
 def write_model(folder: Path, loaded: Loaded) -> None:

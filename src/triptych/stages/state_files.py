@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ def write_state(file: Path, values: Mapping[str, Any]) -> None:
     os.replace(aside, file)
 
 
-def read_state(file: Path) -> dict[str, Any] | None:
-    """What `write_state` wrote; None where there is no such file.
+def read_state(file: Path, names: Iterable[str]) -> dict[str, Any] | None:
+    """The values of these names that `write_state` wrote; None where there is no such file.
 
     Raises:
         CheckpointError: it holds something else.
@@ -30,8 +30,11 @@ def read_state(file: Path) -> dict[str, Any] | None:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(values, dict):
-            return values
-        found = f"it holds a {type(values).__name__}"
+            if values.keys() >= (expected := set(names)):
+                return {name: values[name] for name in expected}
+            found = f"it lacks {', '.join(sorted(expected - values.keys()))}"
+        else:
+            found = f"it holds a {type(values).__name__}"
     except ValueError as error:
         found = str(error)
     raise CheckpointError(

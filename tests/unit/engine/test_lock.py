@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -86,3 +87,16 @@ def test_where_nothing_may_be_written_is_known_before_anything_is_made(
     with pytest.raises(TrainingError, match=f"cannot be written: {tmp_path} may not be written") as caught:
         check_writable(folder)
     assert (caught.value.problems[0].file, caught.value.problems[0].key) == (str(folder), "output")
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(TrainingError, match="cannot be written: File too large"), locked(tmp_path):
+            pytest.fail("the lock holds no process number")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text().strip()

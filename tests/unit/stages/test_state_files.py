@@ -14,19 +14,19 @@ from triptych.stages.state_files import read_state, write_state
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     file = tmp_path / "run" / "state.json"
-    assert read_state(file) is None
+    assert read_state(file, ("tokens",)) is None
     write_state(file, {"tokens": 512, "measured": [[1, 2]]})
     write_state(file, {"tokens": 256})
-    assert read_state(file) == {"tokens": 256}
+    assert read_state(file, ("tokens",)) == {"tokens": 256}
     assert [item.name for item in file.parent.iterdir()] == ["state.json"]
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "", b"\xff\xfe{"])
+@pytest.mark.parametrize("content", ["{", "[1]", "", b"\xff\xfe{", '{"keeps": true}'])
 def test_a_damaged_file_is_named(content: str | bytes, tmp_path: Path) -> None:
     file = tmp_path / "state.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CheckpointError) as caught:
-        read_state(file)
+        read_state(file, ("keeps", "reason"))
     (problem,) = caught.value.problems
     assert problem.file == str(file) and "damaged" in problem.message and "delete it" in str(problem.remedy)
 
@@ -36,8 +36,9 @@ def test_a_run_that_cannot_read_what_it_decided_says_so(files: Files, tmp_path: 
     file = write(tmp_path / "recipe.yaml", values, train={"save_every": 2})
     assert triptych("train", file).status == 0
     decision = tmp_path / "run" / "features.json"
-    decision.write_text("{keeps")
-    refused = triptych("train", file)
-    assert refused.status == 1 and str(decision) in refused.err and "delete it" in refused.err
+    for damaged in ("{keeps", "{}"):
+        decision.write_text(damaged)
+        refused = triptych("train", file)
+        assert refused.status == 1 and str(decision) in refused.err and "delete it" in refused.err
     decision.unlink()
     assert triptych("train", file).status == 0
