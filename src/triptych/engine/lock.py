@@ -25,7 +25,7 @@ def locked(folder: Path) -> Iterator[None]:
     The lock belongs to the process, so that one that is killed releases it.
 
     Raises:
-        TrainingError: another process holds it, on every rank.
+        TrainingError: another process holds it, or it cannot be written; on every rank.
     """
     descriptor, error = _take(folder) if distributed.is_main() else (None, None)
     error = distributed.broadcast_object(error)
@@ -90,5 +90,5 @@ def _unwritable(folder: Path, why: str) -> TrainingError:
         f"the output folder cannot be written: {why}",
         file=str(folder),
         key="output",
-        remedy="give another `output`, or make it a folder that you may write",
+        remedy="give another `output`, or make it a folder that you may write, with room on its disk",
     )

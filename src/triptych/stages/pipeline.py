@@ -36,6 +36,7 @@ from triptych.stages.evaluating import EvaluationRecipe, read_evaluation, run_ev
 from triptych.stages.locate import in_recipe
 from triptych.stages.recipe import StageRecipe
 from triptych.stages.run import FINISHED, RECIPE, has_checkpoint, run_stage
+from triptych.stages.state_files import write_state
 from triptych.stages.table import STAGES
 
 MODEL = "model"
@@ -200,9 +201,8 @@ def _run(stage: Stage, dry_run: bool) -> None:
 
 def write_contents(output: Path, stages: Sequence[Stage]) -> None:
     """Write the stages of a pipeline in order, for those who look at its folder later."""
-    output.mkdir(parents=True, exist_ok=True)
     contents = [{"title": stage.title, "folder": os.path.relpath(stage.output, output)} for stage in stages]
-    (output / CONTENTS).write_text(json.dumps({"stages": contents}, indent=1) + "\n", encoding="utf-8")
+    write_state(output / CONTENTS, {"stages": contents})
 
 
 def read_stages(tree: ConfigTree) -> list[Stage]:

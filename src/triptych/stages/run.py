@@ -35,6 +35,7 @@ from triptych.stages.doctor import environment
 from triptych.stages.keeping import open_store
 from triptych.stages.micro_batch import PLANNED, Found, settle_loader
 from triptych.stages.recipe import StageRecipe
+from triptych.stages.state_files import write_whole
 
 FINISHED = "finished.json"
 """Written last; a pipeline skips a stage whose folder has it."""
@@ -101,14 +102,12 @@ def write_finished(recipe: StageRecipe, output: Path, result: FitResult) -> None
     text = json.dumps(summary, indent=1) + "\n"
     # A finished run that is started again ends as it did: stages that began from its model stay valid.
     if not (output / FINISHED).is_file() or (output / FINISHED).read_text(encoding="utf-8") != text:
-        (output / FINISHED).write_text(text, encoding="utf-8")
+        write_whole(output / FINISHED, text)
 
 
 def write_recipe(recipe: StageRecipe, output: Path) -> None:
     """Write the resolved recipe into the folder of the run, where `export` finds it."""
-    output.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True)
-    (output / RECIPE).write_text(text, encoding="utf-8")
+    write_whole(output / RECIPE, yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True))
 
 
 def write_facts(built: Built, output: Path, found: Found | None = None) -> None:

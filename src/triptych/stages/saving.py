@@ -49,7 +49,7 @@ def save_finished(folder: Path, loaded: Loaded, rebuild: Callable[[], Loaded]) -
                 save_adapters(whole.model, folder.parent / ADAPTERS)
             write_model(folder, whole)
         except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
-            free = shutil.disk_usage(folder.parent).free
+            free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
             raise TrainingError(
                 f"the finished model cannot be written: {error} ({free / 2**30:.1f} GiB free)",
                 file=str(folder),

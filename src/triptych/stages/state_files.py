@@ -1,10 +1,11 @@
-"""Small files in which a run keeps what it decided or measured, for the runs that resume it."""
+"""Small files of a run that others read later, written whole or not at all: what was decided or measured, recipes."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,20 @@ from triptych.core.errors import CheckpointError
 
 def write_state(file: Path, values: Mapping[str, Any]) -> None:
     """Write plain values, whole or not at all."""
+    write_whole(file, json.dumps(values, indent=1) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text, whole or not at all; a file that is there stays as it was if that fails."""
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.part")
-    aside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, file)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
 
 
 def read_state(file: Path, names: Iterable[str]) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from triptych.core.distributed import is_main
+from triptych.core.distributed import call_on_main, is_main
 from triptych.core.protocols import Evaluator, Objective, Reference
 from triptych.core.types import Example, Sample
 from triptych.data.formats import Dataset
@@ -34,6 +35,7 @@ from triptych.stages.build import Built, check_length, open_datasets, torch_dtyp
 from triptych.stages.locate import at_key
 from triptych.stages.recipe import TuneRecipe, VlmRecipe
 from triptych.stages.saving import save_finished
+from triptych.stages.state_files import write_whole
 
 
 @dataclass(frozen=True)
@@ -195,12 +197,13 @@ def show_answers(recipe: TuneRecipe, vlm: Vlm, title: str) -> None:
     samples = read_samples(open_datasets(evaluation.data), None if evaluation.answers else evaluation.show)
     pictures = {str(sample.origin): ", ".join(image.name for image in sample.images) for sample in samples}
     answers = vlm.answering(evaluation.max_new_tokens, evaluation.batch).run(samples, evaluation.metrics)
-    if not is_main():  # sharded weights need every rank to get here
-        return
-    right = sum(answer.is_right for answer in answers)
+    # Sharded weights need every rank to get here.
     lines = (json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in answers)
     file = Path(recipe.output) / f"answers-{title.replace(' ', '-')}.jsonl"
-    file.write_text("".join(lines), encoding="utf-8")
+    call_on_main(partial(write_whole, file, "".join(lines)))
+    if not is_main():
+        return
+    right = sum(answer.is_right for answer in answers)
     table = Table("picture", "question", "truth", "answer", title=f"Held-out answers {title}")
     for answer in answers[: evaluation.show]:
         # Text, not str: brackets in an answer are no markup.

@@ -42,6 +42,7 @@ def _collect(rank: int) -> dict[str, object]:
         "broadcast": distributed.broadcast_object(f"from {rank}"),
     }
     results["on_main"] = distributed.call_on_main(lambda: ("done by", distributed.rank()))
+    results["long"] = distributed.call_on_main(lambda: f"patiently by {rank}", is_long=True)
     try:
         distributed.call_on_main(_fail)
     except CheckpointError as error:
@@ -103,6 +104,7 @@ def test_objects(ranks):
 
 def test_what_the_main_rank_does_alone_ends_alike_on_all(ranks):
     assert [outcome["on_main"] for outcome in ranks] == [("done by", 0)] * 2
+    assert [outcome["long"] for outcome in ranks] == ["patiently by 0"] * 2
     first, second = (outcome["failure"] for outcome in ranks)
     assert first == second and "the disk of rank 0 is full" in first
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tests.commands import triptych, write
 from tests.recipes.tiny_recipes import Files, tune
 from triptych.core.errors import CheckpointError
-from triptych.stages.state_files import read_state, write_state
+from triptych.stages.state_files import read_state, write_state, write_whole
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -19,6 +20,21 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     write_state(file, {"tokens": 256})
     assert read_state(file, ("tokens",)) == {"tokens": 256}
     assert [item.name for item in file.parent.iterdir()] == ["state.json"]
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: half a `finished.json` would count as a finished run."""
+    file = tmp_path / "finished.json"
+    write_whole(file, "as it was")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_whole(file, "longer than there is room for")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_text() == "as it was"
+    assert [item.name for item in tmp_path.iterdir()] == ["finished.json"]
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "", b"\xff\xfe{", '{"keeps": true}'])
