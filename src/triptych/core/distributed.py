@@ -89,15 +89,6 @@ def all_gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def broadcast_object(value: Any) -> Any:
-    """Return the main rank's value on every rank."""
-    if not is_distributed():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def call_on_main(work: Callable[[], T], *, is_long: bool = False) -> T:
     """Let the main rank work alone while the others wait; every rank must call this.
 

@@ -27,10 +27,13 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         TrainingError: another process holds it, or it cannot be written; on every rank.
     """
-    descriptor, error = _take(folder) if distributed.is_main() else (None, None)
-    error = distributed.broadcast_object(error)
-    if error is not None:
-        raise error
+    descriptor: int | None = None
+
+    def take() -> None:
+        nonlocal descriptor
+        descriptor = _take(folder)
+
+    distributed.call_on_main(take)
     try:
         yield
     finally:
@@ -54,35 +57,35 @@ def check_writable(folder: Path) -> None:
         raise _unwritable(folder, f"{existing} may not be written")
 
 
-def _take(folder: Path) -> tuple[int | None, TrainingError | None]:
-    """File descriptor that holds the lock, or why there is none; neither on a file system without locks."""
+def _take(folder: Path) -> int | None:
+    """File descriptor that holds the lock; None on a file system without locks."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        return None, _unwritable(folder, str(error.strerror))
+        raise _unwritable(folder, str(error.strerror)) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = os.read(descriptor, 100).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
-        return None, TrainingError(
+        raise TrainingError(
             f"another process ({owner}) is training into this folder",
             file=str(folder),
             key="output",
             remedy="wait for it or stop it, or choose another output folder",
-        )
+        ) from None
     except OSError as error:
         os.close(descriptor)
         logger.warning("%s cannot be locked (%s): start no second run in it", folder, error)
-        return None, None
+        return None
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
     except OSError as error:  # a full disk
         os.close(descriptor)
-        return None, _unwritable(folder, str(error.strerror))
-    return descriptor, None
+        raise _unwritable(folder, str(error.strerror)) from error
+    return descriptor
 
 
 def _unwritable(folder: Path, why: str) -> TrainingError:

@@ -39,6 +39,7 @@ from triptych.evaluation.metrics import MetricName
 from triptych.evaluation.summary import Difference, TaskSummary, compare, summarise
 from triptych.stages.build import open_datasets
 from triptych.stages.recipe import PlainDataset
+from triptych.stages.state_files import write_whole
 from triptych.stages.using import answering_of, load_for_use
 
 SUMMARY = "summary.json"
@@ -256,7 +257,7 @@ def run_evaluation(recipe: EvaluationRecipe) -> dict[str, dict[str, dict[str, Ta
             console.print(gain_table(table.title, table.gains))
     if recipe.output is not None:
         content = [asdict(table) for table in tables]
-        _write(Path(recipe.output) / SUMMARY, json.dumps({"tables": content}, indent=1) + "\n")
+        write_whole(Path(recipe.output) / SUMMARY, json.dumps({"tables": content}, indent=1) + "\n")
         console.print(f"answers: {recipe.output}", soft_wrap=True)
     return {table.title: table.summaries for table in tables}
 
@@ -332,8 +333,8 @@ def _evaluate(recipe: EvaluationRecipe, run: EvaluationRun, questions: Mapping[s
                 lines = "".join(json.dumps(answer.row(), ensure_ascii=False) + "\n" for answer in answers)
                 # Killed between the two files, new answers must not stand beside the stamp of old ones.
                 _file(recipe, run, name, ".json").unlink(missing_ok=True)
-                _write(_file(recipe, run, name, ".jsonl"), lines)
-                _write(_file(recipe, run, name, ".json"), json.dumps(stamp, indent=1) + "\n")
+                write_whole(_file(recipe, run, name, ".jsonl"), lines)
+                write_whole(_file(recipe, run, name, ".json"), json.dumps(stamp, indent=1) + "\n")
         yield Evaluated(run.name, name, answers)
 
 
@@ -398,13 +399,6 @@ def _answer(row: Mapping[str, Any]) -> Answer:
 def _file(recipe: EvaluationRecipe, run: EvaluationRun, data: str, ending: str) -> Path:
     assert recipe.output is not None
     return Path(recipe.output) / f"{run.name}-{data}{ending}"
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def accuracy_table(name: str, runs: Mapping[str, Mapping[str, TaskSummary]]) -> Table:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -57,12 +56,13 @@ def open_store(
     vision = built.vision
 
     def decide() -> tuple[bool, str]:
-        return _decide(recipe, built, vision, runtime, obstacle) if is_new else _recall(output / DECISION)
+        keeps, reason = _decide(recipe, built, vision, runtime, obstacle) if is_new else _recall(output / DECISION)
+        if keeps and obstacle is not None:
+            raise _refusal(obstacle, "or resume as the run began")
+        write_state(output / DECISION, {"keeps": keeps, "reason": reason})
+        return keeps, reason
 
     keeps, reason = call_on_main(decide)
-    if keeps and obstacle is not None:  # on every rank, or the others would wait
-        raise _refusal(obstacle, "or resume as the run began")
-    call_on_main(partial(write_state, output / DECISION, {"keeps": keeps, "reason": reason}))
     store = _open(recipe, built, runtime) if keeps else None
     console.print(f"features of pictures: {'kept' if keeps else 'not kept'}, {reason}", highlight=False)
     if store is None:

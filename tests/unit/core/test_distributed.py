@@ -28,7 +28,6 @@ def test_one_process_needs_no_initialisation():
         assert not result.requires_grad and result.data_ptr() != tensor.data_ptr()
     assert distributed.all_gather_rows(tensor)[1] == 0
     assert distributed.all_gather_objects("x") == ["x"]
-    assert distributed.broadcast_object("x") == "x"
     assert distributed.call_on_main(lambda: "x") == "x"
 
 
@@ -39,10 +38,18 @@ def _collect(rank: int) -> dict[str, object]:
         "sum": distributed.all_reduce_sum(torch.tensor([1.0, rank])).tolist(),
         "max": distributed.all_reduce_max(torch.tensor([rank, -rank])).tolist(),
         "objects": distributed.all_gather_objects({"rank": rank}),
-        "broadcast": distributed.broadcast_object(f"from {rank}"),
     }
     results["on_main"] = distributed.call_on_main(lambda: ("done by", distributed.rank()))
+    new_group, results["groups"] = dist.new_group, []
+
+    def recorded(**options: object) -> object:
+        results["groups"].append(options)  # type: ignore[attr-defined]
+        return new_group(**options)
+
+    dist.new_group = recorded  # this process is the test's own
     results["long"] = distributed.call_on_main(lambda: f"patiently by {rank}", is_long=True)
+    distributed.call_on_main(lambda: "at once")
+    dist.new_group = new_group
     try:
         distributed.call_on_main(_fail)
     except CheckpointError as error:
@@ -99,12 +106,14 @@ def test_reductions_give_new_tensors(ranks):
 
 def test_objects(ranks):
     assert [outcome["objects"] for outcome in ranks] == [[{"rank": 0}, {"rank": 1}]] * 2
-    assert [outcome["broadcast"] for outcome in ranks] == ["from 0"] * 2
 
 
 def test_what_the_main_rank_does_alone_ends_alike_on_all(ranks):
     assert [outcome["on_main"] for outcome in ranks] == [("done by", 0)] * 2
     assert [outcome["long"] for outcome in ranks] == ["patiently by 0"] * 2
+    for outcome in ranks:
+        (options,) = outcome["groups"]
+        assert options["backend"] == "gloo" and options["timeout"].days >= 1
     first, second = (outcome["failure"] for outcome in ranks)
     assert first == second and "the disk of rank 0 is full" in first
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers import AutoModel, AutoModelForImageTextToText
 
 from tests.commands import Outcome, triptych, write
 from tests.recipes.tiny_recipes import Files, contrastive, tune
+from triptych.core import distributed
 from triptych.core.config import load_tree
 from triptych.core.errors import ConfigError
+from triptych.stages import pipeline as pipeline_module
 from triptych.stages.build import resolved
 from triptych.stages.pipeline import read_stages
 
@@ -91,7 +94,16 @@ def test_stages_hand_their_models_on_and_a_second_start_skips_what_is_finished(f
     assert contents[0]["title"] == "1/3 towers: see"
 
 
-def test_an_evaluation_is_a_stage_that_gets_its_models_and_is_computed_once(files: Files, tmp_path: Path) -> None:
+def test_an_evaluation_is_a_stage_that_gets_its_models_and_is_computed_once(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[bool] = []
+
+    def call(work: Callable[[], object], *, is_long: bool = False) -> object:
+        waits.append(is_long)
+        return distributed.call_on_main(work, is_long=is_long)
+
+    monkeypatch.setattr(pipeline_module, "call_on_main", call)
     pipeline = write_pipeline(tmp_path, files)
     tree = yaml.safe_load(pipeline.read_text())
     tree["stages"][2] = {
@@ -110,6 +122,7 @@ def test_an_evaluation_is_a_stage_that_gets_its_models_and_is_computed_once(file
     assert "after: 3 questions of test" in succeed(triptych("train", pipeline))
     answers = tmp_path / "run" / "judge" / "after-test.jsonl"
     assert len(answers.read_text().splitlines()) == 3
+    assert waits == [False, True]  # the list of stages, and the evaluation, which may take hours
     assert "questions of test" not in succeed(triptych("train", pipeline))
     page = succeed(triptych("report", tmp_path / "run"))
     assert page.startswith("report: ") and "Right answers" in (tmp_path / "run" / "report.html").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.commands import triptych, write
+from tests.commands import read_recipe, triptych, write
 from tests.recipes.tiny_recipes import Files, tune
 from triptych import __version__
+from triptych.core.types import Progress
+from triptych.engine.trainer import FitResult
 from triptych.stages import run as run_module
 
 
@@ -76,6 +79,20 @@ def test_a_finished_run_that_is_started_again_stays_what_later_stages_began_from
     before = finished.stat().st_mtime_ns
     assert triptych("train", file).status == 0
     assert finished.stat().st_mtime_ns == before
+
+
+def test_a_full_disk_at_the_end_leaves_no_half_finished_run(files: Files, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk; a stage is skipped where there is a `finished.json`."""
+    metrics = {f"metric {number}": 0.5 for number in range(10_000)}
+    result = FitResult(Progress(2, 2), None, None, False, tmp_path / "checkpoint", metrics)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            run_module.write_finished(read_recipe(recipe(files, tmp_path)), tmp_path / "run", result)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [item.name for item in (tmp_path / "run").iterdir()] == ["recipe.yaml"]
 
 
 def test_a_run_leaves_its_plan_and_environment(files: Files, tmp_path: Path) -> None:

@@ -54,3 +54,10 @@ def test_a_full_disk_is_named_with_its_remedy(files: Files, tmp_path: Path) -> N
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (problem,) = caught.value.problems
     assert problem.file == str(tmp_path / "run" / "model") and "make room" in str(problem.remedy)
+
+
+def test_a_folder_that_cannot_be_made_is_named(files: Files, tmp_path: Path) -> None:
+    vlm = build_vlm(read_recipe(write(tmp_path / "recipe.yaml", {"output": "run", **preference(files)})))
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(TrainingError, match=r"finished model cannot be written: .*Not a directory"):
+        save_finished(tmp_path / "run" / "model", vlm.loaded, lambda: vlm.loaded)
